@@ -9,7 +9,6 @@ A script that wants memory answers to ``--peak NAME`` by building that contestan
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -23,14 +22,19 @@ from typing import Any
 
 import torch
 
+from fallline.catalog import code_hash
+
 VOID_ABOVE = 0.20
 """Spread beyond which a timing says nothing."""
+
+LEAST_PAIRS = 7
+"""Rounds below which a median and its spread say nothing."""
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
-def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = 7, warmup: int = 2) -> dict[str, Any]:
+def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = LEAST_PAIRS, warmup: int = 2) -> dict[str, Any]:
     """Time contestants in turn, so that whatever slows the machine slows all of them.
 
     Every round calls each contestant once; every second round goes backwards. A ratio is the median over rounds of the
@@ -38,13 +42,18 @@ def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = 7, warmup
 
     Args:
         contestants: name → what to time; the first is what the others are compared with.
-        pairs: rounds that count.
+        pairs: rounds that count, at least `LEAST_PAIRS`.
         warmup: rounds before them that do not.
 
     Returns:
         ``contestants`` {name: median, min, spread, ratio, ratio_spread, void}, ``rounds`` {name: seconds}, and
         ``load_before``, ``load_after``, the machine's load averages over one minute.
+
+    Raises:
+        ValueError: too few pairs.
     """
+    if pairs < LEAST_PAIRS:
+        raise ValueError(f"{pairs} pairs are too few for a timing: at least {LEAST_PAIRS}")
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     load_before = os.getloadavg()[0]
@@ -131,14 +140,14 @@ def processor() -> str:
 
 
 def save(name: str, record: Mapping[str, Any], sources: Sequence[str]) -> Path:
-    """Write ``results/NAME.json``: the record with machine, command and the sha256 of the measured sources.
+    """Write ``results/NAME.json``: the record with machine, command and the `code_hash` of the measured sources.
 
     Args:
         name: of the file.
         record: what was found.
         sources: files that were measured, relative to the repository.
     """
-    hashes = {source: hashlib.sha256((ROOT / source).read_bytes()).hexdigest() for source in sources}
+    hashes = {source: code_hash(ROOT / source) for source in sources}
     command = ["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
     whole = {"command": " ".join(command), "machine": machine(), "sources": hashes, **record}
     RESULTS.mkdir(exist_ok=True)

@@ -15,13 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .drivers.compare import Comparison, compare
     from .drivers.train import Result, train
     from .recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "__version__", "train"]
+__all__ = ["Comparison", "Recipe", "Result", "__version__", "compare", "train"]
 
-_HOMES = {"Recipe": ".recipe", "train": ".drivers.train", "Result": ".drivers.train"}
+_HOMES = {
+    "Recipe": ".recipe",
+    "train": ".drivers.train",
+    "Result": ".drivers.train",
+    "compare": ".drivers.compare",
+    "Comparison": ".drivers.compare",
+}
 
 
 def __getattr__(name: str) -> Any:

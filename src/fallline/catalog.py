@@ -14,10 +14,11 @@ docs/contracts.md.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -60,7 +61,8 @@ class Card:
         traffic_bytes: parameter role → least bytes moved in one update, likewise.
         flops: floating-point operations beyond a plain step, in words or as an expression.
         claim: the paper's number with its setting.
-        checked: what was measured here and how, or ``effect not shown``.
+        checked: what was measured here and how, or ``effect not shown``; each figure with its command in brackets.
+        evidence: files of figures it quotes, relative to the repository.
         departures: where the authors' released code differs from the paper, and what we do.
         tags: words for the search.
     """
@@ -82,6 +84,7 @@ class Card:
     flops: str = ""
     claim: str = ""
     checked: str = "effect not shown"
+    evidence: tuple[str, ...] = ()
     departures: str = ""
     tags: tuple[str, ...] = ()
 
@@ -98,6 +101,15 @@ class Entry:
         """Import the method's module, which has `Config` and `build`."""
         return importlib.import_module(self.module)
 
+    def sources(self) -> dict[str, str]:
+        """The files that figures of this method depend on, with their `code_hash`; by their path in the repository."""
+        if not self.module.startswith("fallline."):
+            return {self.module: code_hash(self.path)}
+        root = Path(__file__).parent
+        return {
+            f"src/fallline/{path.relative_to(root).as_posix()}": code_hash(path) for path in code_of(self.path, root)
+        }
+
 
 def read_card(path: Path) -> Card | None:
     """The card literal of a method file, or None when the file has none.
@@ -109,8 +121,7 @@ def read_card(path: Path) -> Card | None:
     if "CARD" not in source:
         return None
     for node in ast.parse(source, str(path)).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and target.id == "CARD":
+        if assigns_card(node):
             value = node.value  # type: ignore[attr-defined]
             try:
                 assert isinstance(value, ast.Call)
@@ -119,6 +130,96 @@ def read_card(path: Path) -> Card | None:
             except (AssertionError, ValueError, TypeError) as error:
                 raise InputError(f"{path}: CARD must be a literal Card(key=value, …): {error}") from None
     return None
+
+
+def assigns_card(node: ast.stmt) -> bool:
+    """Whether a statement is ``CARD = …``."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    return isinstance(target, ast.Name) and target.id == "CARD"
+
+
+def code_hash(path: Path) -> str:
+    """The sha256 of what a Python file does, to tell whether a figure is older than the code it was measured with.
+
+    Left out are the card, docstrings, lines of comment only and blank lines, so that quoting a figure or finding better
+    words does not make it stale. Lines of text are hashed, not the tree, which differs between versions of Python.
+
+    Raises:
+        SyntaxError: it is not Python.
+    """
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    words: set[int] = set()
+    quoted: set[int] = set()
+    for node in statements_and_strings(ast.parse(text, str(path))):
+        span = range(node.lineno - 1, node.end_lineno or node.lineno)
+        if isinstance(node, ast.expr):
+            quoted.update(span[1:])
+        elif owns_its_lines(node, lines):
+            words.update(span)
+    kept = (
+        line if i in quoted else line.rstrip()
+        for i, line in enumerate(lines)
+        if i not in words and (i in quoted or line.partition("#")[0].strip())
+    )
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+
+
+FAST = ("kernels", "polar.py")
+"""Where code lies, below the package, that a method may be timed by without it being in the method's own file."""
+
+
+def code_of(method: Path, root: Path) -> list[Path]:
+    """A method's own file, and those of `FAST` that it imports, also by way of parts in its room.
+
+    Args:
+        method: its file. root: the package's folder.
+    """
+    seen, pending, found = {method}, [method], [method]
+    while pending:
+        for path in sorted(imports(pending.pop(), root)):
+            if path in seen:
+                continue
+            seen.add(path)
+            if path.relative_to(root).parts[0] in FAST:
+                found.append(path)
+            if path.parent == method.parent or path in found:
+                pending.append(path)
+    return found
+
+
+def imports(path: Path, root: Path) -> set[Path]:
+    """The files of the package in `root` that one of them imports by relative names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1]
+            base = base.joinpath(*node.module.split(".")) if node.module else base
+            found |= {base.with_suffix(".py"), *((base / alias.name).with_suffix(".py") for alias in node.names)}
+    return {file for file in found if root in file.parents and file.is_file()}
+
+
+def statements_and_strings(tree: ast.Module) -> Iterator[ast.stmt | ast.expr]:
+    """Statements that do nothing but tell (docstrings, the card), and the strings in all others."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                yield node
+            case ast.Assign() | ast.AnnAssign() if node in tree.body and assigns_card(node):
+                yield node
+            case ast.Constant(value=str() | bytes()) | ast.JoinedStr():
+                yield node
+            case _:
+                pending += ast.iter_child_nodes(node)
+
+
+def owns_its_lines(node: ast.stmt, lines: list[str]) -> bool:
+    """Whether nothing but a comment stands beside a statement."""
+    before = lines[node.lineno - 1].encode()[: node.col_offset]
+    after = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset :]
+    return not before.strip() and not after.partition(b"#")[0].strip()
 
 
 @cache

@@ -212,7 +212,7 @@ class Recipe:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What in `other`, the stored mapping of an earlier recipe, would make this run another run, one line each."""
-        mine, theirs = _flat(self.to_mapping()), _flat(other)
+        mine, theirs = flat(self.to_mapping()), flat(other)
         keys = [k for k in mine | theirs if k.split(".")[0] not in FREE and mine.get(k) != theirs.get(k)]
         return [f"{k} was {theirs.get(k, 'unset')!r}, is {mine.get(k, 'unset')!r}" for k in keys]
 
@@ -347,8 +347,9 @@ def _options(kind: type[T], given: Mapping[str, Node], what: str, where: str) ->
     return kind.from_mapping(plain, what, lambda k: given[k].where if k in given else where)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping of mappings with joined keys: ``optimizer.lr``."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out

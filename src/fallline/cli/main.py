@@ -39,6 +39,51 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--print-recipe", action="store_true", help="show the resolved recipe and stop")
     train.add_argument("--quiet", action="store_true", help="no progress")
 
+    compare = commands.add_parser(
+        "compare",
+        allow_abbrev=False,
+        help="the same recipe once per choice; a report of which is better",
+        description="Train a recipe once per choice and seed, each run in its own process, and report which is better: "
+        "fallline compare recipes/tiny.yaml --over optimizer=adamw,scale --seeds 3 --tune optimizer.lr=1e-4:1e-1",
+        epilog=EPILOG,
+    )
+    compare.add_argument("recipe", metavar="RECIPE", help="a YAML file, or with --resume the folder of a comparison")
+    compare.add_argument("overrides", metavar="key=value", nargs="*", help="replaces what the recipe says, for all")
+    compare.add_argument(
+        "--over",
+        metavar="key=a,b",
+        action="append",
+        default=[],
+        help="what the choices differ in; several are combined each with each; key=all takes the catalogue",
+    )
+    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each choice (default: 1)")
+    compare.add_argument(
+        "--tune",
+        metavar="key=low:high[:n]",
+        help="tune this for each choice: n trials, or two a decade and one more, on a seed of their own",
+    )
+    compare.add_argument(
+        "--equal",
+        choices=("tokens", "time", "memory"),
+        default="tokens",
+        help="what is held equal (default: tokens)",
+    )
+    compare.add_argument("--out", metavar="FOLDER", help="where it goes (default: runs/compare-RECIPE-NUMBER)")
+    compare.add_argument(
+        "--parallel", type=int, default=1, metavar="N", help="runs at a time (default: 1); time is measured before"
+    )
+    compare.add_argument("--resume", action="store_true", help="go on with the comparison in --out, or in RECIPE")
+    compare.add_argument("--quiet", action="store_true", help="no progress")
+
+    report = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="make the report of a comparison anew, or one of several",
+        description="Make the report of a comparison anew; of several, or of runs made one by one, make one report.",
+    )
+    report.add_argument("runs", metavar="FOLDER", nargs="+", help="a comparison, its report.json, or a run")
+    report.add_argument("--out", metavar="FOLDER", help="where the report goes (default: the comparison's own folder)")
+
     methods = commands.add_parser(
         "methods",
         allow_abbrev=False,
@@ -67,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     top = parser()
     args, rest = top.parse_known_args(argv)
-    if rest and (args.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (args.command not in ("train", "compare") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="fallline: %(message)s", level=logging.WARNING)
     try:
@@ -79,6 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .demo import demo
 
             return demo(args.budget, args.out)
+        if args.command == "compare":
+            from .compare import run
+
+            return run(args, [*args.overrides, *rest], sys.argv[1:] if argv is None else argv)
+        if args.command == "report":
+            from .compare import report
+
+            return report(args.runs, args.out)
         from .train import train
 
         return train(args.recipe, [*args.overrides, *rest], args.resume, args.print_recipe, args.quiet)

@@ -84,6 +84,7 @@ def _card(entry: Entry) -> str:
     add("flops", card.flops)
     add("claim", card.claim)
     add("checked", card.checked)
+    add("evidence", ", ".join(card.evidence))
     add("departures", card.departures)
     options = _options(entry)
     if options:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import checkpoint
 from ..checkpoint import files
 from ..errors import InputError
+from ..metrics import read
 from ..recipe import Recipe
 from .setting import Setting
 
@@ -74,8 +75,8 @@ def open_folder(setting: Setting, out: Path, resume: bool) -> checkpoint.Saved |
     if not resume:
         record = {"recipe": setting.recipe.to_mapping()} | setting.record
         try:
-            _write(out / "run.json", json.dumps(record, indent=2) + "\n")  # first: with it, the folder is a run
-            _write(out / "recipe.yaml", setting.recipe.to_yaml())
+            write_text(out / "run.json", json.dumps(record, indent=2) + "\n")  # first: with it, the folder is a run
+            write_text(out / "recipe.yaml", setting.recipe.to_yaml())
         except OSError as error:
             raise InputError(f"cannot write the run folder {out}: {error.strerror or error}") from None
         return None
@@ -98,13 +99,19 @@ def open_folder(setting: Setting, out: Path, resume: bool) -> checkpoint.Saved |
     return saved
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """All of it or nothing, on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     files.write(temporary, iter([text.encode()]))
     temporary.replace(path)
     files.sync_folder(path.parent)
+
+
+def validation_curve(out: Path) -> dict[int, float]:
+    """Step → validation loss, of a run that may still be going on; empty before it has begun."""
+    path = out / "metrics.jsonl"
+    return {m["step"]: m["val_loss"] for m in read(path) if "val_loss" in m} if path.is_file() else {}
 
 
 def link_model(out: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,12 +117,14 @@ def build(recipe: Recipe) -> Setting:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in VERSIONS},
         "platform": platform.platform(),
+        "processor": processor(),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "ranks": world(),
         "precision": precision,
         "seed": settings.seed,
-        "data": {"sha256": dataset.fingerprint} | dataset.summary,
+        "data": {"name": recipe.data.id, "sha256": dataset.fingerprint} | dataset.summary,
+        "tokenizer": {"sha256": tokenizer_hash(dataset.tokenizer)},
         "model": {
             "sha256": fingerprint(model),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -127,6 +132,20 @@ def build(recipe: Recipe) -> Setting:
         },
     }
     return Setting(recipe, run, dataset, clock, record)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of all that a tokenizer does, where it is a fast one; of its vocabulary otherwise."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(tokenizer.get_vocab(), sort_keys=True) if fast is None else fast.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text().splitlines() if info.exists() else []
+    return next((row.split(":")[1].strip() for row in rows if "model name" in row), platform.processor())
 
 
 def _version(package: str) -> str:

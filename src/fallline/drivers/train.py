@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,13 @@ def interruptible() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def train(recipe: Recipe, *, resume: bool = False, progress: TextIO | None = sys.stderr) -> Result:
+Watch = Callable[[Mapping[str, Any]], str]
+"""Sees every record of the metrics file before it is written; a text it returns ends the run there, as the reason."""
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, progress: TextIO | None = sys.stderr, watch: Watch | None = None
+) -> Result:
     """Do what a recipe says.
 
     Args:
@@ -106,6 +112,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: TextIO | None = sys
         resume: continue the run in `recipe.settings.out` from its newest good checkpoint; the result is bit-identical
             to that of an uninterrupted run on the same machine, versions and thread count.
         progress: where to show progress; None shows nothing.
+        watch: sees every record, and may end the run.
 
     Raises:
         InputError: bad input; nothing was changed.
@@ -121,7 +128,7 @@ def train(recipe: Recipe, *, resume: bool = False, progress: TextIO | None = sys
         saved = open_folder(setting, out, resume)
         follow = trackers(names, out, recipe.to_mapping())
         with Metrics(out / "metrics.jsonl") as metrics:
-            loop = Loop(setting, out, metrics, follow, progress)
+            loop = Loop(setting, out, metrics, follow, progress, watch)
             loop.begin(saved)
             while not loop.done and interrupted() is None:
                 loop.step()
@@ -137,10 +144,16 @@ class Loop:
     """The steps of one process's part of a run, and what is written between them."""
 
     def __init__(
-        self, setting: Setting, out: Path, metrics: Metrics, follow: Trackers, progress: TextIO | None
+        self,
+        setting: Setting,
+        out: Path,
+        metrics: Metrics,
+        follow: Trackers,
+        progress: TextIO | None,
+        watch: Watch | None = None,
     ) -> None:
         self.setting, self.recipe, self.run = setting, setting.recipe, setting.run
-        self.out, self.metrics, self.follow, self.progress = out, metrics, follow, progress
+        self.out, self.metrics, self.follow, self.progress, self.watch = out, metrics, follow, progress, watch
         self.saved_at = -1  # the step of the newest checkpoint
 
     @property
@@ -194,6 +207,10 @@ class Loop:
         return evaluate(self.run, self.setting.dataset.validation, self.recipe.eval.rows)
 
     def write(self, record: dict[str, Any]) -> None:
+        reason = self.watch(record) if self.watch is not None else ""
+        if reason:
+            self.run.stop(reason)
+            record["stopped"] = reason
         try:
             self.metrics.append(record)
         except StorageError as error:
@@ -217,14 +234,17 @@ class Loop:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's tensors, as a checkpoint would hold them."""
+    """Bytes of the optimizer's tensors, float32 masters among them, as a checkpoint would hold them."""
 
     def walk(tree: Any) -> int:
         if isinstance(tree, torch.Tensor):
             return tree.numel() * tree.element_size()
         return sum(walk(v) for v in tree.values()) if isinstance(tree, dict) else 0
 
-    return walk(optimizer.state_dict()["state"])
+    def of(state: dict[str, Any]) -> int:
+        return walk(state["state"]) + (of(state["inner"]) if "inner" in state else 0)
+
+    return of(optimizer.state_dict())
 
 
 def scalars(signals: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .clock import Clock, peak_memory
+from .clock import Clock, peak_memory, resident_memory
 from .jsonl import Metrics, read
 from .progress import Progress, sparkline
 from .tracking import Trackers, check_trackers, trackers
@@ -15,6 +15,7 @@ __all__ = [
     "check_trackers",
     "peak_memory",
     "read",
+    "resident_memory",
     "sparkline",
     "trackers",
 ]

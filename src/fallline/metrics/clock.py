@@ -90,9 +90,18 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def resident_memory() -> int:
+    """What of this process is in memory now, bytes; where the system does not say, its peak."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(field: str) -> int:
+    """Bytes in a line of Linux's table of this process; 0 on other systems."""
+    table = Path("/proc/self/status")
+    rows = table.read_text().splitlines() if table.exists() else []
+    return next((int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{field}:")), 0)

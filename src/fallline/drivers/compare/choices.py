@@ -1,0 +1,150 @@
+"""What is compared: the recipe once per choice, each with a label.
+
+--over optimizer=adamw,scale --over schedule=cosine,wsd        four choices
+--over "optimizer={name: adamw, lr: 2e-3},scale"               a method with its options
+--over optimizer=all                                           every method of that kind
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from ...catalog import KINDS, entries
+from ...errors import InputError, nearest
+from ...recipe import FREE, Recipe
+
+OWN = ("out", "seed", "sample", "tracker", "checkpoint", "probes")
+"""Keys that a choice cannot be about: the comparison sets them, or they change nothing that it measures."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the things compared.
+
+    Attributes:
+        label: unlike all others.
+        changes: recipe key → value, as `--over` gave it.
+        recipe: resolved; None when it cannot be made.
+        error: why not.
+    """
+
+    label: str
+    changes: Mapping[str, str]
+    recipe: Recipe | None
+    error: str = ""
+
+    @property
+    def folder(self) -> str:
+        """The label as a name of a folder."""
+        plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", self.label).strip("-.")[:60]
+        return plain if plain == self.label else f"{plain}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
+
+
+def make_choices(
+    path: str | Path, overrides: Sequence[str], over: Sequence[str], trial: Sequence[str] = ()
+) -> list[Choice]:
+    """The choices that `--over` makes of a recipe, in its order; the first is the baseline.
+
+    Args:
+        path: of the recipe.
+        overrides: ``key=value`` for all of them.
+        over: ``key=a,b,…`` texts; several are combined each with each. ``all`` stands for the whole catalogue.
+        trial: overrides that every choice must take, tried here and left out again: what is tuned.
+
+    Raises:
+        InputError: a key or value that cannot be used. What comes from ``all`` and cannot be used becomes a choice
+            with its error instead.
+    """
+    if not over:
+        raise InputError("nothing to compare: give --over key=a,b, such as --over optimizer=adamw,scale")
+    keys: dict[str, list[str]] = {}
+    tolerant = False
+    for text in over:
+        key, values = _read(text)
+        if key in keys:
+            raise InputError(f"--over names {key!r} twice; give all its values at once: {key}=a,b")
+        if values == ["all"] and key in KINDS:
+            values, tolerant = [id for kind, id in entries() if kind == key], True
+        keys[key] = values
+    choices = []
+    for combined in product(*keys.values()):
+        changes = dict(zip(keys, combined, strict=True))
+        label = " ".join(_label(key, value) for key, value in changes.items())
+        try:
+            recipe = Recipe.load(path, *overrides, *map("=".join, changes.items()))
+            Recipe.parse(recipe.to_yaml(), *trial, origin=label)
+            choices.append(Choice(label, changes, recipe))
+        except InputError as error:
+            if not tolerant:
+                raise
+            choices.append(Choice(label, changes, None, str(error)))
+    check_choices(choices)
+    return choices
+
+
+def check_choices(choices: Sequence[Choice]) -> None:
+    """Refuse what would be run twice.
+
+    Raises:
+        InputError: fewer than two choices, two of one label, or two whose runs would be the same.
+    """
+    if len(choices) < 2:
+        raise InputError(f"nothing to compare {choices[0].label!r} with: give at least two values, --over key=a,b")
+    seen: dict[str, Choice] = {}
+    for choice in choices:
+        same = {choice.label} | ({identity(choice.recipe)} if choice.recipe is not None else set())
+        for key in same:
+            if key in seen:
+                raise InputError(f"the choices {seen[key].label!r} and {choice.label!r} are the same; leave one out")
+        seen |= dict.fromkeys(same, choice)
+
+
+def identity(recipe: Recipe) -> str:
+    """A hash of all that what a run computes depends on, but for data, versions and machine."""
+    flat = {k: v for k, v in recipe.to_mapping().items() if k not in FREE}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def _read(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    head = key.split(".")[0]
+    if not equals or not values.strip():
+        raise InputError(f"--over is key=a,b,…, got {text!r}")
+    if head not in Recipe.KEYS:
+        raise InputError(f"--over: unknown key {head!r}; {nearest(head, Recipe.KEYS)}")
+    if head in OWN:
+        why = "use --seeds" if head == "seed" else "the comparison sets it, or it changes nothing that is measured"
+        raise InputError(f"--over cannot be about {head!r}: {why}")
+    found = [value.strip() for value in _split(values)]
+    if "" in found:
+        raise InputError(f"--over: an empty value in {text!r}")
+    return key, found
+
+
+def _split(text: str) -> Iterator[str]:
+    """At the commas that are in no bracket."""
+    depth, start = 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "[{") - (c in "]}")
+        if c == "," and depth == 0:
+            yield text[start:i]
+            start = i + 1
+    yield text[start:]
+
+
+def _label(key: str, value: str) -> str:
+    """`scale` for a method, `scale lr=1e-3` for one with options, `batch=8` for the rest."""
+    if key in KINDS:
+        inner = re.fullmatch(r"\{(.*)\}", value.strip())
+        if inner is None:
+            return value
+        parts = [part.partition(":") for part in _split(inner[1])]
+        named = [v.strip() for k, _, v in parts if k.strip() == "name"]
+        return " ".join(named + [f"{k.strip()}={v.strip()}" for k, _, v in parts if k.strip() != "name"])
+    return f"{key.rpartition('.')[2]}={value}"

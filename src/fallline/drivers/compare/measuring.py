@@ -1,0 +1,186 @@
+"""Measuring the choices: memory, and the time of a step beside that of the first choice.
+
+Every choice is built in a process of its own. The first one's stays; each of the others takes turns with it, a few
+steps each, so that whatever slows the machine slows both. A ratio is the median over rounds, a spread the interquartile
+range by the median, and a time whose spread is above `VOID_ABOVE` says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Self
+
+from ...recipe import Recipe
+
+VOID_ABOVE = 0.20
+ROUNDS = 9
+"""Of a pair, after one that does not count; at least seven, as in `benchmarks/`."""
+SECONDS = 0.4
+"""That a choice's turn should take, if more than one step fits."""
+
+
+class MeterError(Exception):
+    """A choice could not be measured; the message says why."""
+
+
+class Meter:
+    """A process that holds one choice, ready to take steps; see `fallline.drivers.compare.meter`.
+
+    Attributes:
+        found: what it said when it was ready.
+
+    Raises:
+        MeterError: it did not get ready.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fallline.drivers.compare.meter"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the comparison, which ends this one
+        )
+        try:
+            self.found = self._ask(json.dumps({"recipe": recipe.to_yaml()}))
+        except BaseException:
+            self.close()
+            raise
+
+    def steps(self, number: int) -> tuple[float, dict[str, float]]:
+        """Take steps: their seconds, and those of each phase."""
+        found = self._ask(str(number))
+        return found["seconds"], found["phases"]
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            assert self._process.stderr is not None
+            last = (self._process.stderr.read().strip().splitlines() or [""])[-1]
+            raise MeterError(died(code) if code < 0 else f"the process ended with code {code}: {last}")
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise MeterError(found["error"])
+        return found
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def died(code: int) -> str:
+    """A negative exit code in words."""
+    why = ", perhaps for lack of memory" if code == -9 else ""
+    return f"the process was ended by signal {-code}{why}"
+
+
+def measure(
+    recipes: Mapping[str, Recipe],
+    known: Mapping[str, Mapping[str, Any]],
+    keep: Callable[[str, dict[str, Any]], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Measure every choice that is not known yet, and hand over what was found as soon as it is.
+
+    Args:
+        recipes: by label; the first that can be measured is what the others' times are compared with.
+        known: by label, what was found earlier; an unknown baseline makes all times unknown.
+        keep: takes label and ``{tokens, memory, time, record, threads}`` or ``{error}``.
+        stop: whether to leave off between two choices.
+    """
+    missing = [label for label in recipes if label not in known]
+    first: tuple[str, Meter] | None = None
+    try:
+        for label, recipe in recipes.items():
+            is_first = first is None and "error" not in known.get(label, {})
+            if stop() or not missing:
+                return
+            if label not in missing and not is_first:
+                continue
+            try:
+                meter = Meter(recipe)
+                if is_first:
+                    first = label, meter
+                    if label in missing:
+                        keep(label, meter.found | {"time": alone(meter) | {"to": label}})
+                else:
+                    assert first is not None
+                    with meter:
+                        keep(label, meter.found | {"time": beside(meter, first[1]) | {"to": first[0]}})
+            except MeterError as error:
+                keep(label, {"error": str(error)})
+    finally:
+        if first is not None:
+            first[1].close()
+
+
+def turn(meter: Meter) -> int:
+    """How many steps make up a turn."""
+    seconds, _ = meter.steps(1)
+    return max(1, min(20, math.ceil(SECONDS / max(seconds, 1e-4))))
+
+
+def alone(meter: Meter) -> dict[str, Any]:
+    """The time of a step of the baseline."""
+    number = turn(meter)
+    turns = [meter.steps(number) for _ in range(-1, ROUNDS)][1:]
+    return summary(turns, turns, number)
+
+
+def beside(meter: Meter, first: Meter) -> dict[str, Any]:
+    """The time of a step, in turns with the baseline's."""
+    number = turn(meter)
+    rounds = []
+    for i in range(-1, ROUNDS):
+        pair = (meter, first) if i % 2 else (first, meter)
+        found = {id(one): one.steps(number) for one in pair}
+        rounds.append((found[id(meter)], found[id(first)]))
+    mine, theirs = zip(*rounds[1:], strict=True)
+    return summary(mine, theirs, number)
+
+
+def summary(
+    mine: Sequence[tuple[float, Mapping[str, float]]], theirs: Sequence[tuple[float, Mapping[str, float]]], number: int
+) -> dict[str, Any]:
+    """Medians and spreads of turns of `number` steps."""
+    seconds = [s / number for s, _ in mine]
+    ratios = [a / b for (a, _), (b, _) in zip(mine, theirs, strict=True)]
+    phases = {name: statistics.median(p.get(name, 0.0) / number for _, p in mine) for name in mine[0][1]}
+    return {
+        "step": statistics.median(seconds),
+        "spread": spread(seconds),
+        "ratio": statistics.median(ratios),
+        "ratio_spread": spread(ratios),
+        "rounds": len(ratios),
+        "steps_per_round": number,
+        "void": (spread(ratios) if mine is not theirs else spread(seconds)) > VOID_ABOVE,
+        "interleaved": True,
+        "load": os.getloadavg()[0],
+        "phases": phases,
+    }
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range by the median."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle

@@ -1,0 +1,225 @@
+"""A report anew: of a comparison, of several together, or of runs that were made one by one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...metrics import read
+from ...recipe import FREE, Recipe, flat
+from ...report import analyse, write
+from ..folder import next_free
+from .measuring import spread
+from .record import Record, comparable, curve_of, gather, machine, read_json
+from .run import Comparison
+from .study import read_study
+
+
+def rebuild(paths: Sequence[Path], out: Path | None = None) -> Comparison:
+    """Make a report of what is there; nothing is run.
+
+    Args:
+        paths: folders of comparisons, their report.json, or run folders; the first has the baseline.
+        out: where the report goes; None: into the folder of the comparison, of several the next free runs/report-N.
+
+    Raises:
+        InputError: a path holds neither, or nothing can be compared.
+    """
+    records: list[Record] = []
+    runs: list[Path] = []
+    for path in paths:
+        if (path / "study.json").is_file():
+            records.append(gather(path, read_study(path)))
+        elif (path / "run.json").is_file():
+            runs.append(path)
+        else:
+            records.append(read_report(path / "report.json" if path.is_dir() else path))
+    if runs:
+        records.append(of_runs(runs))
+    if out is None:
+        out = paths[0] if len(paths) == 1 and paths[0].is_dir() and not runs else next_free("report")
+    found = analyse(records[0] if len(records) == 1 else merged(records))
+    write(out, found)
+    return Comparison(out, found)
+
+
+def read_report(path: Path) -> Record:
+    """A report.json.
+
+    Raises:
+        InputError: it is not there, or is something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.parent} holds neither a comparison (study.json, report.json) nor a run (run.json)")
+    found = read_json(path)
+    if not {"choices", "baseline"} <= set(found):
+        raise InputError(f"{path} is not the report.json of a comparison")
+    return found
+
+
+def merged(records: Sequence[Record]) -> Record:
+    """The first record with the choices of all. A choice of one label and recipe in two of them has the runs of both.
+
+    Times are beside the first record's only where they were measured against the same baseline.
+    """
+    first = records[0]
+    choices: dict[str, Record] = {}
+    notes = [*first["notes"]]
+    for number, record in enumerate(records):
+        if number and record["tune"] != first["tune"]:
+            notes.append(
+                "The comparisons that were put together were tuned differently; each choice has its own trials."
+            )
+        for choice in record["choices"]:
+            label = choice["label"]
+            if label in choices and choices[label]["recipe"] == choice["recipe"]:
+                choices[label] = joined(choices[label], choice)
+                continue
+            if label in choices:
+                label = next(f"{label} ({n})" for n in range(2, 1000) if f"{label} ({n})" not in choices)
+            time = choice["time"]
+            if number and time is not None:
+                time = dict(time) | {"interleaved": False, "ratio": None}
+            choices[label] = dict(choice) | {"label": label, "time": time}
+    seeds = sorted({run["seed"] for c in choices.values() for run in c["runs"] if run["kind"] == "final"})
+    commands = list(dict.fromkeys(r["command"] for r in records if r["command"]))
+    code = {path: value for record in reversed(records) for path, value in record["sources"].items()}
+    notes.append(
+        f"Put together from {len(records)} comparisons; times of the second and later ones were not taken in turns "
+        "with the first's."
+    )
+    return dict(first) | {
+        "choices": [*choices.values()],
+        "seeds": seeds,
+        "command": "; ".join(commands) or None,
+        "sources": code,
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def joined(one: Record, other: Record) -> Record:
+    """A choice with the runs of two records; a run that both have is the first one's."""
+    have = {(r["kind"], r["seed"], r["value"]) for r in one["runs"]}
+    more = [r for r in other["runs"] if (r["kind"], r["seed"], r["value"]) not in have]
+    runs = one["runs"] + more
+    done = any(r["kind"] == "final" and r["status"] == "done" for r in runs)
+    return dict(one) | {
+        "runs": runs,
+        "status": "done" if done else one["status"],
+        "error": None if done else one["error"],
+        "time": one["time"] or other["time"],
+        "memory": one["memory"] or other["memory"],
+    }
+
+
+def of_runs(paths: Sequence[Path]) -> Record:
+    """A record of run folders: those of one recipe but for the seed are one choice.
+
+    Raises:
+        InputError: a run folder is damaged.
+    """
+    groups: dict[str, list[tuple[Path, Recipe, Mapping[str, Any]]]] = {}
+    for path in paths:
+        try:
+            about = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            recipe = Recipe.parse(json.dumps(about["recipe"], ensure_ascii=False), name=path.name)
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path / 'run.json'} is damaged ({error!r})") from None
+        mapping = {k: v for k, v in recipe.to_mapping().items() if k not in (*FREE, "seed")}
+        groups.setdefault(json.dumps(mapping, sort_keys=True), []).append((path, recipe, about))
+    labels = labelled([flat(json.loads(key)) for key in groups])
+    choices = [of_group(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+    base = choices[0]["time"]
+    for choice in choices:
+        if choice["time"] and base:
+            choice["time"]["ratio"] = choice["time"]["step"] / base["step"]
+    _, recipe, about = next(iter(groups.values()))[0]
+    return {
+        "format": 1,
+        "fallline": about["fallline"],
+        "name": recipe.name,
+        "command": None,
+        "created": None,
+        "equal": None,
+        "baseline": choices[0]["label"],
+        "seeds": sorted({r["seed"] for c in choices for r in c["runs"]}),
+        "tune": None,
+        "machine": machine(about) | {"threads": about["threads"]},
+        "data": about["data"],
+        "model": about["model"],
+        "recipe": choices[0]["recipe"],
+        "sources": {},  # a run folder does not say
+        "notes": ["These runs were made one by one: nothing was held equal for them but what their recipes say."],
+        "choices": choices,
+    }
+
+
+def labelled(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each recipe from the others: the methods that differ, and where that is not enough all that does."""
+    keys = [k for k in {k: None for r in recipes for k in r} if len({json.dumps(r.get(k)) for r in recipes}) > 1]
+    names = [k for k in keys if k.endswith(".name")]
+    short = [" ".join(str(r.get(k)) for k in names) for r in recipes]
+    if len(set(short)) == len(short) and all(short):
+        return short
+    rest = [k for k in keys if k not in names]
+    whole = [
+        " ".join([*text.split(), *(f"{k}={r[k]}" for k in rest if k in r)])
+        for text, r in zip(short, recipes, strict=True)
+    ]
+    return [text or "run" for text in whole]
+
+
+def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]) -> Record:
+    """One choice: runs that differ in the seed alone."""
+    _, recipe, about = group[0]
+    runs = []
+    steps: list[float] = []
+    tokens = 0
+    for path, one, _ in group:
+        curve = curve_of(path)
+        records = read(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+        busy = [sum(s for k, s in r["time"].items() if k not in NOT_STEPS) for r in records if "time" in r]
+        steps += busy[1:]
+        tokens = max((r.get("tokens", 0) for r in records), default=tokens)
+        through = bool(curve["step"]) and curve["step"][-1] >= one.settings.steps
+        runs.append(
+            {
+                "kind": "final",
+                "seed": one.settings.seed,
+                "value": None,
+                "status": "done" if through else "interrupted",
+                "error": None,
+                "folder": str(path),
+                "loss": curve["val_loss"][-1] if through else None,
+                "steps": curve["step"][-1] if curve["step"] else 0,
+                "seconds": sum(busy),
+                "curve": curve,
+            }
+        )
+    done = [r for r in runs if r["status"] == "done"]
+    time: Record | None = None
+    if len(steps) > 1:
+        time = {"step": statistics.median(steps), "spread": spread(steps), "ratio": None, "ratio_spread": None}
+        time |= {"rounds": len(steps), "void": False, "interleaved": False, "tokens": tokens, "phases": {}}
+    return {
+        "label": label,
+        "changes": {},
+        "recipe": recipe.to_mapping(),
+        "status": "failed" if not done else "done" if len(done) == len(runs) else "partial",
+        "error": None if done else "no run of it is through",
+        "comparable": comparable(about, recipe),
+        "steps": recipe.settings.steps,
+        "parameters": about["model"]["parameters"],
+        "tuned": None,
+        "time": time,
+        "memory": None,
+        "runs": runs,
+    }
+
+
+NOT_STEPS = ("eval", "save", "tokens_per_second")
+"""Entries of a record's `time` that are not part of a step."""

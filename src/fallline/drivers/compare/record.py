@@ -1,0 +1,195 @@
+"""From the folder of a comparison, or from runs that were made one by one, to the record that the report is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...metrics import read
+from ...recipe import Recipe
+from .choices import Choice
+from .study import RunPlace, Study, finals_of, trials_of
+from .tuning import RULE, best, on_edge
+
+Record = dict[str, Any]
+
+
+def gather(folder: Path, study: Study) -> Record:
+    """All that is known of a comparison so far.
+
+    Args:
+        folder: of the comparison. study: its question.
+    """
+    measured = {c.label: read_json(folder / "measured" / f"{c.folder}.json") for c in study.choices}
+    records = [m["record"] for m in measured.values() if "record" in m]
+    choices = [choice_record(folder, study, c, measured[c.label]) for c in study.choices]
+    baseline = next((c for c in choices if c["status"] != "failed"), choices[0])
+    set_times(choices, measured, baseline["label"])
+    about: Record = records[0] if records else {}
+    code, changed = sources(read_json(path) for path in sorted((folder / "runs").glob("*/*.json")))
+    return {
+        "format": 1,
+        "fallline": __version__,
+        "name": study.name,
+        "command": study.command or None,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "equal": study.equal,
+        "baseline": baseline["label"],
+        "seeds": [*study.seeds],
+        "tune": tune_record(study),
+        "machine": machine(about)
+        | {"threads": next((m["threads"] for m in measured.values() if "threads" in m), None)},
+        "data": about.get("data"),
+        "model": about.get("model"),
+        "recipe": next((c["recipe"] for c in choices if c["recipe"] is not None), None),
+        "sources": code,
+        "notes": [f"The code of {path} changed between runs." for path in changed],
+        "choices": choices,
+    }
+
+
+def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[str, Any]) -> Record:
+    """What is known of one choice; `set_times` fills in its time."""
+    runs = []
+    tuned = None
+    if study.tune is not None:
+        places = trials_of(folder, choice, study.tune, study.trial_seed)
+        runs = [run_record(place, folder) for _, place in sorted(places.items())]
+        tried = {r["value"]: r["loss"] if r["status"] == "done" else None for r in runs}
+        value = best(tried)
+        tuned = None if value is None else {"value": value, "edge": on_edge(tried), "trials": len(tried)}
+    finals = [run_record(place, folder) for place in finals_of(folder, choice, study.seeds)]
+    finals = [r for r in finals if r["status"] != "missing"]
+    through = [r for r in finals if r["status"] == "done"]
+    error = choice.error or measured.get("error")
+    if not error and not through:
+        ended = [r for r in (*runs, *finals) if r["error"]]
+        error = ended[-1]["error"] if ended else "it was not run"
+    about = measured.get("record", {})
+    settings: Sequence[str] = (read_json(folder / "equal.json") or {}).get(choice.label, [])
+    recipe = None
+    if choice.recipe is not None:
+        recipe = Recipe.parse(choice.recipe.to_yaml(), *settings, name=study.name)
+    return {
+        "label": choice.label,
+        "changes": dict(choice.changes),
+        "recipe": None if recipe is None else recipe.to_mapping(),
+        "status": "failed" if not through else "done" if len(through) == len(study.seeds) else "partial",
+        "error": error if not through else None,
+        "comparable": comparable(about, recipe),
+        "steps": None if recipe is None else recipe.settings.steps,
+        "parameters": about.get("model", {}).get("parameters"),
+        "tuned": tuned,
+        "time": None,
+        "memory": measured.get("memory"),
+        "runs": runs + finals,
+    }
+
+
+def run_record(place: RunPlace, folder: Path) -> Record:
+    """What came of one run, or how far it is."""
+    end = place.read()
+    curve = curve_of(place.out)
+    status = "missing" if end is None and not curve["step"] else "interrupted" if end is None else end["status"]
+    end = end or {}
+    return {
+        "kind": place.kind,
+        "seed": place.seed,
+        "value": place.value,
+        "status": {"died": "failed", "diverged": "failed"}.get(status, status),
+        "error": end.get("error"),
+        "folder": str(place.out.relative_to(folder)),
+        "loss": end.get("loss"),
+        "steps": end.get("steps", curve["step"][-1] if curve["step"] else 0),
+        "seconds": end.get("seconds"),
+        "curve": curve,
+    }
+
+
+def curve_of(out: Path) -> dict[str, list[Any]]:
+    """Validation loss by step and by tokens seen."""
+    path = out / "metrics.jsonl"
+    tokens = 0
+    found: dict[str, list[Any]] = {"step": [], "tokens": [], "val_loss": []}
+    for record in read(path) if path.is_file() else []:
+        tokens += record.get("tokens", 0)
+        if "val_loss" in record:
+            loss = record["val_loss"]
+            found["step"].append(record["step"])
+            found["tokens"].append(tokens)
+            found["val_loss"].append(loss if abs(loss) < float("inf") else None)  # not NaN either
+    return found
+
+
+def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
+    """Give every choice its time of a step, as a multiple of the baseline's in the same rounds.
+
+    Seconds are that multiple of what the first choice took, so that all are of one spell of the machine.
+    """
+    times = {label: m["time"] for label, m in measured.items() if "time" in m}
+    for choice in choices:
+        label = choice["label"]
+        if label not in times or times[label]["to"] not in times:
+            continue
+        mine, to = times[label], times[times[label]["to"]]
+        step = mine["ratio"] * to["step"]
+        base = times.get(baseline, {"to": None})
+        choice["time"] = dict(mine) | {
+            "step": step,
+            "ratio": mine["ratio"] / base["ratio"] if base["to"] == mine["to"] else None,
+            "phases": {name: seconds * step / mine["step"] for name, seconds in mine["phases"].items()},
+            "tokens": measured[label]["tokens"],
+        }
+
+
+def comparable(about: Mapping[str, Any], recipe: Recipe | None) -> str:
+    """The same text for choices whose losses are of the same thing: data, tokens, rows and objective."""
+    if recipe is None or not about:
+        return ""
+    data = recipe.data.options.to_mapping()
+    what = [
+        about["data"]["sha256"],
+        about["tokenizer"]["sha256"],
+        {key: data.get(key) for key in ("length", "validation")},
+        recipe.eval.rows,
+        recipe.objective.to_mapping(),
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tune_record(study: Study) -> Record | None:
+    """How rates were tuned."""
+    if study.tune is None:
+        return None
+    t = study.tune
+    return {"key": t.key, "low": t.low, "high": t.high, "trials": t.trials, "seed": study.trial_seed, "rule": RULE}
+
+
+def machine(about: Mapping[str, Any]) -> Record:
+    """What a run's record says of where it was made."""
+    return {key: about.get(key) for key in ("platform", "processor", "device", "python", "versions")}
+
+
+def sources(outcomes: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
+    """The code that runs were made with, path → hash, and the paths of which there was more than one version."""
+    found: dict[str, str] = {}
+    changed: dict[str, None] = {}
+    for end in outcomes:
+        for path, code in end.get("sources", {}).items():
+            if found.setdefault(path, code) != code:
+                changed[path] = None
+    return found, list(changed)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing when there is no such file or it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
