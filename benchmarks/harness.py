@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fallline.catalog import code_hash
+from fallline.drivers.setting import processor
 
 VOID_ABOVE = 0.20
 """Spread beyond which a timing says nothing."""
@@ -126,17 +127,6 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [row.split(":")[1].strip() for row in info.read_text().splitlines() if "model name" in row]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def save(name: str, record: Mapping[str, Any], sources: Sequence[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -40,14 +41,16 @@ def test_the_recipe_in_the_readme_is_the_one_that_ships() -> None:
     assert Recipe.parse(shown).to_mapping() == shipped.to_mapping()
 
 
-def test_every_command_in_the_readme_parses() -> None:
+@pytest.mark.parametrize(("file", "least"), [("README.md", 11), ("docs/compare.md", 7)])
+def test_every_command_that_is_shown_parses(file: str, least: int) -> None:
     from fallline.cli.main import parser
 
-    shown = [line.split("#")[0].split()[1:] for b in blocks("README.md", "sh") for line in b.splitlines()]
-    commands = [words for words in shown if words and words[0] in ("train", "methods", "demo")]
-    assert len(commands) >= 7
+    shown = [shlex.split(line, comments=True) for b in blocks(file, "sh") for line in b.splitlines()]
+    commands = [words[1:] for words in shown if words[:1] == ["fallline"]]
+    assert len(commands) >= least
     for words in commands:
-        parser().parse_args(words)
+        _, rest = parser().parse_known_args(words)
+        assert all("=" in word and not word.startswith("-") for word in rest)
 
 
 def test_the_optimizer_in_your_own_loop() -> None:

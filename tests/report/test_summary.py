@@ -105,7 +105,7 @@ def test_a_baseline_without_loss_is_said() -> None:
 def test_tuning_is_described_with_its_limits() -> None:
     text = said(study(), "caveats")
     assert "optimizer.lr, with 7 trials for each choice over 3 decades (0.0001 to 0.1), on seed 0." in text
-    assert "Trials of adamw and sgd were others in number: adamw 8, sgd 10." in text
+    assert "widened, because the best value was on its edge: adamw 8 trials, sgd 10 trials." in text
     assert "A trial was given up when it lagged far behind" in text
     assert "The intervals cover seeds and not the choice of optimizer.lr" in text
     assert "sgd's tuned optimizer.lr, 1.8, is on the edge of what was tried" in text
@@ -129,8 +129,8 @@ def test_a_choice_left_untuned_is_said() -> None:
 def test_without_tuning_rates_are_suspect() -> None:
     text = said(plain(), "caveats")
     assert (
-        "Learning rates were not tuned: each choice ran at its recipe's or default rate, so a difference may be one of "
-        "rates, not of methods." in text
+        "Learning rates were not tuned here: each choice ran at its recipe's or default rate, so a difference may be "
+        "one of rates, not of methods." in text
     )
     assert text.endswith(
         "This holds for this model (1.33 M parameters), this data (python-docs) and this length (500 steps) only."

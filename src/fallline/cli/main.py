@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="what the choices differ in; several are combined each with each; key=all takes the catalogue",
     )
-    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each choice (default: 1)")
+    compare.add_argument("--seeds", type=int, metavar="N", help="runs of each choice (default: 1)")
     compare.add_argument(
         "--tune",
         metavar="key=low:high[:n]",
@@ -65,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--equal",
         choices=("tokens", "time", "memory"),
-        default="tokens",
         help="what is held equal (default: tokens)",
     )
     compare.add_argument("--out", metavar="FOLDER", help="where it goes (default: runs/compare-RECIPE-NUMBER)")

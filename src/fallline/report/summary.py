@@ -25,7 +25,7 @@ from .statistics import (
 )
 
 UNTUNED = (
-    "Learning rates were not tuned: each choice ran at its recipe's or default rate, so a difference may be one of "
+    "Learning rates were not tuned here: each choice ran at its recipe's or default rate, so a difference may be one of "
     "rates, not of methods."
 )
 
@@ -271,8 +271,8 @@ def _tuning(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
     ]
     other = [c for c, _ in rows if c.get("tuned") and c["tuned"].get("trials") not in (None, tune["trials"])]
     if other:
-        listed = ", ".join(f"{c['label']} {c['tuned']['trials']}" for c in other)
-        said.append(f"Trials of {_names(other)} were others in number: {listed}.")
+        listed = ", ".join(f"{c['label']} {c['tuned']['trials']} trials" for c in other)
+        said.append(f"The range was widened, because the best value was on its edge: {listed}.")
     if tune.get("rule"):
         said.append(_stop(tune["rule"]))
     said.append(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...catalog import KINDS, entries
 from ...errors import InputError, nearest
-from ...recipe import FREE, Recipe
+from ...recipe import Recipe
 
 OWN = ("out", "seed", "sample", "tracker", "checkpoint", "probes")
 """Keys that a choice cannot be about: the comparison sets them, or they change nothing that it measures."""
@@ -106,9 +106,9 @@ def check_choices(choices: Sequence[Choice]) -> None:
 
 
 def identity(recipe: Recipe) -> str:
-    """A hash of all that what a run computes depends on, but for data, versions and machine."""
-    flat = {k: v for k, v in recipe.to_mapping().items() if k not in FREE}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+    """A hash of the recipe, without what a choice cannot be about."""
+    kept = {k: v for k, v in recipe.to_mapping().items() if k not in OWN}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _read(text: str) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -41,11 +42,12 @@ class Meter:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 closed by close; a pipe would fill up
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fallline.drivers.compare.meter"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             start_new_session=True,  # Ctrl-C is for the comparison, which ends this one
         )
@@ -69,8 +71,8 @@ class Meter:
         answer = self._process.stdout.readline()
         if not answer:
             code = self._process.wait()
-            assert self._process.stderr is not None
-            last = (self._process.stderr.read().strip().splitlines() or [""])[-1]
+            self._said.seek(0)
+            last = (self._said.read().strip().splitlines() or [""])[-1]
             raise MeterError(died(code) if code < 0 else f"the process ended with code {code}: {last}")
         found: dict[str, Any] = json.loads(answer)
         if "error" in found:
@@ -79,7 +81,8 @@ class Meter:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
+        self._said.close()
 
     def __enter__(self) -> Self:
         return self

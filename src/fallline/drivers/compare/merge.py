@@ -62,7 +62,8 @@ def read_report(path: Path) -> Record:
 
 
 def merged(records: Sequence[Record]) -> Record:
-    """The first record with the choices of all. A choice of one label and recipe in two of them has the runs of both.
+    """The first record with the choices of all. The same choice in two of them has the runs of both; one that has
+    another recipe or tuned value under the same label gets another label.
 
     Times are beside the first record's only where they were measured against the same baseline.
     """
@@ -76,7 +77,7 @@ def merged(records: Sequence[Record]) -> Record:
             )
         for choice in record["choices"]:
             label = choice["label"]
-            if label in choices and choices[label]["recipe"] == choice["recipe"]:
+            if label in choices and what_ran(choices[label]) == what_ran(choice):
                 choices[label] = joined(choices[label], choice)
                 continue
             if label in choices:
@@ -99,6 +100,11 @@ def merged(records: Sequence[Record]) -> Record:
         "sources": code,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def what_ran(choice: Record) -> tuple[Any, Any]:
+    """What the runs of a choice that count were made with."""
+    return choice["recipe"], (choice["tuned"] or {}).get("value")
 
 
 def joined(one: Record, other: Record) -> Record:

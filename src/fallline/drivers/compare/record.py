@@ -14,7 +14,7 @@ from ...metrics import read
 from ...recipe import Recipe
 from .choices import Choice
 from .study import RunPlace, Study, finals_of, trials_of
-from .tuning import RULE, best, on_edge
+from .tuning import RULE, best, next_value, on_edge
 
 Record = dict[str, Any]
 
@@ -48,7 +48,7 @@ def gather(folder: Path, study: Study) -> Record:
         "model": about.get("model"),
         "recipe": next((c["recipe"] for c in choices if c["recipe"] is not None), None),
         "sources": code,
-        "notes": [f"The code of {path} changed between runs." for path in changed],
+        "notes": [*study.notes, *(f"The code of {path} changed between runs." for path in changed)],
         "choices": choices,
     }
 
@@ -61,7 +61,7 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         places = trials_of(folder, choice, study.tune, study.trial_seed)
         runs = [run_record(place, folder) for _, place in sorted(places.items())]
         tried = {r["value"]: r["loss"] if r["status"] == "done" else None for r in runs}
-        value = best(tried)
+        value = best(tried) if next_value(study.tune, tried) is None else None
         tuned = None if value is None else {"value": value, "edge": on_edge(tried), "trials": len(tried)}
     finals = [run_record(place, folder) for place in finals_of(folder, choice, study.seeds)]
     finals = [r for r in finals if r["status"] != "missing"]

@@ -32,8 +32,9 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the comparison, which passes it on
             )
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the missing answer will tell
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
         with self._lock:
             self._pid = self._answer("pid")
         code = self._answer("code")
@@ -60,5 +61,6 @@ class Server:
         """End the process, which has no job."""
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait()

@@ -35,17 +35,19 @@ class Study:
         seeds: of the runs that count. trial_seed: of the trials, not among them.
         tune: what is tuned, or None.
         equal: what is held equal.
-        threads: CPU threads of every process, or None for torch's choice.
+        threads: CPU threads of a run whose recipe does not say; None leaves torch's choice.
+        notes: sentences for the report.
     """
 
     name: str
     command: str
     choices: tuple[Choice, ...]
     seeds: tuple[int, ...]
-    trial_seed: int
-    tune: Tune | None
-    equal: Equal
-    threads: int | None
+    trial_seed: int = 0
+    tune: Tune | None = None
+    equal: Equal = "tokens"
+    threads: int | None = None
+    notes: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, Any]:
         """JSON-able; `from_mapping` reads it back."""
@@ -60,7 +62,8 @@ class Study:
         ]
         plain = {k: getattr(self, k) for k in ("name", "command", "trial_seed", "equal", "threads")}
         tune = None if self.tune is None else asdict(self.tune)
-        return {"format": FORMAT} | plain | {"seeds": [*self.seeds], "tune": tune, "choices": choices}
+        lists = {"seeds": [*self.seeds], "notes": [*self.notes], "choices": choices}
+        return {"format": FORMAT, "tune": tune} | plain | lists
 
     @classmethod
     def from_mapping(cls, stored: Mapping[str, Any]) -> Study:
@@ -88,6 +91,7 @@ class Study:
             tune=None if stored["tune"] is None else Tune(**stored["tune"]),
             equal=stored["equal"],
             threads=stored["threads"],
+            notes=tuple(stored["notes"]),
         )
 
 

@@ -50,7 +50,7 @@ class Tune:
             decades = math.log10(high / low)
             more = span.split(":")[2:]
             trials = int(more[0]) if more else max(3, round(2 * decades) + 1)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise InputError(f"--tune is key=low:high, such as optimizer.lr=1e-4:1e-1, got {text!r}") from None
         if not equals or "." not in key or len(more) > 1:
             raise InputError(f"--tune is key=low:high, such as optimizer.lr=1e-4:1e-1, got {text!r}")
@@ -60,16 +60,15 @@ class Tune:
 
     def grid(self) -> list[float]:
         """The values, ascending, of three significant digits."""
-        return [rounded(self.low * self.ratio**i) for i in range(self.trials)]
+        return [self.at(i) for i in range(self.trials)]
 
-    @property
-    def ratio(self) -> float:
-        """Between neighbours."""
-        return (self.high / self.low) ** (1 / (self.trials - 1))
+    def at(self, place: int) -> float:
+        """The value at a place of the grid, from 0, or beyond its ends."""
+        return float(f"{self.low * (self.high / self.low) ** (place / (self.trials - 1)):.3g}")
 
-
-def rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+    def place(self, value: float) -> int:
+        """The place of a value that `at` gave."""
+        return round(math.log(value / self.low) / math.log(self.high / self.low) * (self.trials - 1))
 
 
 def next_value(tune: Tune, tried: Mapping[float, float | None]) -> float | None:
@@ -88,8 +87,8 @@ def next_value(tune: Tune, tried: Mapping[float, float | None]) -> float | None:
     if found is None or len(tried) >= 2 * tune.trials:
         return None
     if found == max(tried):
-        return rounded(found * tune.ratio)
-    return rounded(found / tune.ratio) if found == min(tried) else None
+        return tune.at(tune.place(found) + 1)
+    return tune.at(tune.place(found) - 1) if found == min(tried) else None
 
 
 def best(tried: Mapping[float, float | None]) -> float | None:

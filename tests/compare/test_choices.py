@@ -1,0 +1,82 @@
+"""What `--over` makes of a recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from fallline.catalog import entries
+from fallline.drivers.compare.choices import make_choices
+from fallline.errors import InputError
+
+RECIPE = "recipes/tiny.yaml"
+
+
+def test_choices_are_combined_in_order():
+    found = make_choices(RECIPE, ["steps=7"], ["optimizer=adamw,sgd", "schedule=cosine,wsd"])
+    assert [c.label for c in found] == ["adamw cosine", "adamw wsd", "sgd cosine", "sgd wsd"]
+    assert [(c.recipe.optimizer.id, c.recipe.schedule.id) for c in found if c.recipe] == [
+        ("adamw", "cosine"),
+        ("adamw", "wsd"),
+        ("sgd", "cosine"),
+        ("sgd", "wsd"),
+    ]
+    assert {c.recipe.settings.steps for c in found if c.recipe} == {7}
+
+
+def test_the_recipes_method_keeps_its_options():
+    adamw, sgd = make_choices(RECIPE, [], ["optimizer=adamw,sgd"])
+    assert adamw.recipe is not None
+    assert sgd.recipe is not None
+    assert adamw.recipe.optimizer.options.lr == 3e-3  # of the recipe
+    assert sgd.recipe.optimizer.options.lr == 0.1  # its own default
+
+
+def test_a_choice_may_have_options_and_commas():
+    found = make_choices(RECIPE, [], ["optimizer={name: adamw, lr: 2e-3, betas: [0.9, 0.99]},scale"])
+    assert [c.label for c in found] == ["adamw lr=2e-3 betas=[0.9, 0.99]", "scale"]
+    assert found[0].recipe is not None
+    assert found[0].recipe.optimizer.options.betas == (0.9, 0.99)
+    assert found[0].folder != found[0].label  # a name that any file system takes
+    assert found[1].folder == "scale"
+
+
+def test_settings_can_be_compared():
+    found = make_choices(RECIPE, [], ["batch=4,8", "optimizer.lr=1e-3,3e-3"])
+    assert [c.label for c in found] == ["batch=4 lr=1e-3", "batch=4 lr=3e-3", "batch=8 lr=1e-3", "batch=8 lr=3e-3"]
+    assert len(make_choices(RECIPE, [], ["threads=1,2"])) == 2
+
+
+def test_all_takes_the_catalogue_and_keeps_what_cannot_be_run():
+    found = make_choices(RECIPE, [], ["optimizer=all"])
+    assert [c.label for c in found] == [id for kind, id in entries() if kind == "optimizer"]
+    data = {c.label: c for c in make_choices(RECIPE, [], ["data=all"])}
+    assert data["hub"].recipe is None  # needs an id
+    assert "'id'" in data["hub"].error
+    assert data["python-source"].recipe is not None
+    sgd_only = {c.label: c.error for c in make_choices(RECIPE, [], ["optimizer=all"], ["optimizer.nesterov=true"])}
+    assert "nesterov" in sgd_only["adamw"]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ([], "nothing to compare"),
+        (["optimizer=adamw"], "nothing to compare 'adamw' with"),
+        (["optimizer=adamw,adamv"], "did you mean 'adamw'"),
+        (["optimiser=adamw,sgd"], "did you mean 'optimizer'"),
+        (["optimizer"], "key=a,b"),
+        (["optimizer="], "key=a,b"),
+        (["optimizer=adamw,,sgd"], "empty value"),
+        (["optimizer=adamw,adamw"], "are the same"),
+        (["optimizer=adamw,{name: adamw}"], "are the same"),
+        (["optimizer=adamw,sgd", "optimizer=scale,sgd"], "twice"),
+        (["seed=1,2"], "--seeds"),
+        (["out=a,b"], "cannot be about 'out'"),
+        (["optimizer.lr=1,x"], "must be a number"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(over: list[str], message: str):
+    with pytest.raises(InputError) as error:
+        make_choices(RECIPE, [], over)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
