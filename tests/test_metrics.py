@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fallline.errors import InputError, StorageError
-from fallline.metrics import Clock, Metrics, peak_memory, read
+from fallline.metrics import Clock, Metrics, peak_memory, read, resident_memory
 
 
 def steps(path: Path) -> list[int]:
@@ -195,6 +195,15 @@ def test_the_clock_on_cuda_times_the_device() -> None:
     assert found["forward"] > queued, "the device was still at it when everything was queued"
     assert sum(found.values()) <= passed
     assert peak_memory("cuda") >= 3 * 4096 * 4096 * 4
+
+
+def test_resident_memory_goes_up_and_down() -> None:
+    before = resident_memory()
+    buffer = torch.ones(2**24)
+    assert resident_memory() >= before + 2**25
+    del buffer
+    assert resident_memory() < before + 2**25
+    assert resident_memory() <= peak_memory()
 
 
 def test_peak_memory_sees_what_was_touched() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +401,21 @@ def test_signals_are_given_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert interrupted() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_watches_may_end_the_run(recipe: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watch(record: Mapping[str, Any]) -> str:
+        seen.append(record["step"])
+        return "seen enough" if record.get("val_loss", 9.0) < 9.0 and record["step"] == 6 else ""
+
+    loaded = Recipe.load(recipe, f"out={tmp_path / 'out'}", "threads=1")
+    result = train(loaded, progress=None, watch=watch)
+    assert seen == list(range(7))
+    assert result.run.stopped == "seen enough"
+    assert result.metrics[-1]["stopped"] == "seen enough"
+    assert (tmp_path / "out" / "model").exists()
+    again = train(loaded, resume=True, progress=None, watch=watch)
+    assert seen == list(range(7)), "it is over"
+    assert again.run.stopped == "seen enough"

@@ -8,6 +8,10 @@ from importlib.resources import files
 from typing import Any
 
 
+SCRIPTS = ("drawing.js", "curves.js", "losses.js", "bars.js", "tuning.js", "page.js")
+"""In the order in which they use each other; together they are the body of one function."""
+
+
 def page(analysed: Mapping[str, Any]) -> str:
     """The page with its style, script and data inside.
 
@@ -16,7 +20,8 @@ def page(analysed: Mapping[str, Any]) -> str:
     """
     data = json.dumps(_slim(analysed), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     html = _asset("page.html")
-    for mark, text in (("STYLE", _asset("page.css")), ("SCRIPT", _asset("page.js")), ("DATA", data)):
+    script = "".join(_asset(name) for name in SCRIPTS)
+    for mark, text in (("STYLE", _asset("page.css")), ("SCRIPT", script), ("DATA", data)):
         head, _, tail = html.partition(f"{{{{{mark}}}}}")
         html = head + text + tail
     return html
@@ -34,4 +39,4 @@ def _slim(analysed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
