@@ -25,8 +25,8 @@ from .statistics import (
 )
 
 UNTUNED = (
-    "Learning rates were not tuned here: each choice ran at its recipe's or default rate, so a difference may be one of "
-    "rates, not of methods."
+    "Learning rates were not tuned here: each choice ran at its recipe's or default rate, so a difference may be "
+    "one of rates, not of methods."
 )
 
 #: Choices that one sentence lists.
