@@ -294,7 +294,7 @@ def test_equal_memory_gives_the_frugal_more_rows(recipe: Path, tmp_path: Path):
     adamw, sgd = (choices(found.report)[name] for name in ("adamw", "sgd"))
     assert sgd["recipe"]["batch"] > adamw["recipe"]["batch"] == 2
     assert sgd["steps"] == adamw["steps"] == 3
-    assert abs(sgd["memory"]["peak"] / adamw["memory"]["peak"] - 1) < 0.1
+    assert abs(sgd["memory"]["peak"] / adamw["memory"]["peak"] - 1) < 0.15
 
 
 @pytest.mark.slow

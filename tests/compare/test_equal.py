@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from fallline.drivers.compare.choices import make_choices
-from fallline.drivers.compare.equal import equal_steps, settings, widened
+from fallline.drivers.compare.equal import equal_steps, most_rows, settings, widened
+from fallline.drivers.compare.measuring import MeterError
 from fallline.recipe import Recipe
 
 
@@ -47,3 +51,34 @@ def test_more_rows_are_more_rows_in_a_forward_pass():
     parts = Recipe.load("recipes/tiny.yaml", "batch=8", "micro=2")
     assert settings(parts, 3) == ["micro=3", "batch=12"]
     assert widened(parts, 3).settings.batch == 12
+
+
+@pytest.mark.parametrize(
+    ("bytes_of", "expected"),
+    [
+        (lambda n: 100 + 10 * n, 30),  # as expected from the first look
+        (lambda n: 100 + 10 * n + (300 if n > 20 else 0), 20),  # a step on the way
+        (lambda n: 100 + 10 * max(n, 12), 30),  # the first rows are free
+        (lambda n: 100 + 0.5 * n * n, 24),
+    ],
+)
+def test_rows_are_added_until_the_memory_is_used(bytes_of: Callable[[int], float], expected: int):
+    asked: list[int] = []
+
+    def measured(n: int) -> int:
+        asked.append(n)
+        return int(bytes_of(n))
+
+    found = most_rows(measured, 8, int(bytes_of(8)), 400)
+    assert abs(found - expected) <= 1
+    assert bytes_of(found) <= 404
+    assert len(asked) <= 5
+
+
+def test_rows_stay_where_there_is_nothing_to_gain_or_to_measure():
+    def fails(n: int) -> int:
+        raise MeterError("no memory")
+
+    assert most_rows(fails, 8, 100, 400) == 8
+    assert most_rows(fails, 8, 400, 400) == 8
+    assert most_rows(lambda n: 1000 * n, 8, 100, 400) == 8

@@ -7,7 +7,9 @@ memory   every choice may use as much memory as the one that needs most; rows in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ...recipe import Recipe
@@ -18,6 +20,8 @@ Settings = dict[str, list[str]]
 
 CLOSE = 0.01
 """Share of the memory by which a choice may miss what the hungriest needs."""
+TRIES = 5
+"""Measurements of a choice, each in a process of its own."""
 
 
 def equal_steps(recipes: Mapping[str, Recipe], measured: Mapping[str, Mapping[str, Any]], by_time: bool) -> Settings:
@@ -46,8 +50,8 @@ def equal_steps(recipes: Mapping[str, Recipe], measured: Mapping[str, Mapping[st
 def equal_memory(recipes: Mapping[str, Recipe], stop: Callable[[], bool]) -> Settings:
     """Rows in a step with which every choice needs about as much memory as the one that needs most.
 
-    The memory of a row is measured with twice the rows; what comes of it is measured again and lowered until it fits.
-    A choice that cannot be measured is left as it is.
+    The memory of a row is measured with twice the rows, and from what comes of it again, until it is close. A choice
+    that cannot be measured is left as it is.
     """
     peaks: dict[str, int] = {}
     for label, recipe in recipes.items():
@@ -61,19 +65,37 @@ def equal_memory(recipes: Mapping[str, Recipe], stop: Callable[[], bool]) -> Set
     found: Settings = {}
     for label, at_first in peaks.items():
         rows = width(recipes[label])
-        found[label] = []
-        if at_first > (1 - CLOSE) * most or stop():
-            continue
-        try:
-            of_a_row = (peak(widened(recipes[label], 2 * rows)) - at_first) / rows
-            more = rows + int((most - at_first) / max(of_a_row, 1.0))
-            while more > rows and peak(widened(recipes[label], more)) > (1 + CLOSE) * most:
-                more = min(more - 1, rows + int(0.9 * (more - rows)))
-        except MeterError:
-            continue
-        if more > rows:
-            found[label] = settings(recipes[label], more)
+        measured = partial(peak_with, recipes[label])
+        more = rows if stop() else most_rows(measured, rows, at_first, most)
+        found[label] = settings(recipes[label], more) if more > rows else []
     return found
+
+
+def most_rows(measured: Callable[[int], int], rows: int, at_first: int, most: int) -> int:
+    """How many rows fit, to within `CLOSE` or `TRIES` measurements.
+
+    Args:
+        measured: rows → bytes. rows: that are known to fit. at_first: bytes that they take. most: bytes there are.
+    """
+    fits, guess = rows, 2 * rows
+    too_many: float = math.inf
+    for _ in range(TRIES if at_first < (1 - CLOSE) * most else 0):
+        try:
+            found = measured(guess)
+        except MeterError:
+            break
+        if found > (1 + CLOSE) * most:
+            too_many = guess
+        else:
+            fits = guess
+        of_a_row = max((found - at_first) / (guess - rows), 1.0)
+        ahead = rows + int((most - at_first) / of_a_row)
+        if not fits < ahead < too_many:
+            ahead = int(fits + too_many) // 2 if too_many < math.inf else fits
+        if ahead == fits:
+            break
+        guess = ahead
+    return fits
 
 
 def width(recipe: Recipe) -> int:
@@ -90,6 +112,10 @@ def settings(recipe: Recipe, rows: int) -> list[str]:
 
 def widened(recipe: Recipe, rows: int) -> Recipe:
     return Recipe.parse(recipe.to_yaml(), *settings(recipe, rows), name=recipe.name)
+
+
+def peak_with(recipe: Recipe, rows: int) -> int:
+    return peak(widened(recipe, rows))
 
 
 def peak(recipe: Recipe) -> int:

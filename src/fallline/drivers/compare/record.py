@@ -68,8 +68,7 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
     through = [r for r in finals if r["status"] == "done"]
     error = choice.error or measured.get("error")
     if not error and not through:
-        ended = [r for r in (*runs, *finals) if r["error"]]
-        error = ended[-1]["error"] if ended else "it was not run"
+        error = next((r["error"] for r in reversed((*runs, *finals)) if r["status"] == "failed"), None)
     about = measured.get("record", {})
     settings: Sequence[str] = (read_json(folder / "equal.json") or {}).get(choice.label, [])
     recipe = None
@@ -79,8 +78,8 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         "label": choice.label,
         "changes": dict(choice.changes),
         "recipe": None if recipe is None else recipe.to_mapping(),
-        "status": "failed" if not through else "done" if len(through) == len(study.seeds) else "partial",
-        "error": error if not through else None,
+        "status": "done" if len(through) == len(study.seeds) else "failed" if error else "partial",
+        "error": error,
         "comparable": comparable(about, recipe),
         "steps": None if recipe is None else recipe.settings.steps,
         "parameters": about.get("model", {}).get("parameters"),

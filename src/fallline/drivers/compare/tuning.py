@@ -16,7 +16,7 @@ from ...errors import InputError
 LOST_FROM = 1 / 3
 LOST_SHARE = 0.25
 RULE = (
-    "a trial stops at an evaluation in the last two thirds of its steps when its validation loss is behind that of the "
+    "A trial stops at an evaluation in the last two thirds of its steps when its validation loss is behind that of the "
     "choice's best finished trial at that step by more than a quarter of what that one had gained by then, or is not "
     "finite; a best value on the edge of the range widens it by one trial at a time"
 )

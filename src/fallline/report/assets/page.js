@@ -87,7 +87,7 @@ document.getElementById("report").replaceChildren(
     el("p", { class: "about" }, [
       when, `${seeds} ${seeds === 1 ? "seed" : "seeds"}`, record.equal && `equal ${record.equal}`,
       record.tune ? `${record.tune.key} tuned` : "untuned", `baseline ${record.baseline}`,
-      machine.device && `${machine.device}${machine.threads ? `, ${machine.threads} threads` : ""}`,
+      machine.device && `${machine.device}${machine.threads ? `, ${machine.threads} ${machine.threads === 1 ? "thread" : "threads"}` : ""}`,
       record.fallline && `Fallline ${record.fallline}`].filter(Boolean).join(" · ")),
     record.command && el("code", { class: "command" }, record.command),
     theme()),
