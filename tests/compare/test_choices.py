@@ -53,6 +53,8 @@ def test_all_takes_the_catalogue_and_keeps_what_cannot_be_run():
     assert data["hub"].recipe is None  # needs an id
     assert "'id'" in data["hub"].error
     assert data["python-source"].recipe is not None
+    with pytest.raises(InputError, match="did you mean 'wsd'"):
+        make_choices(RECIPE, [], ["optimizer=all", "schedule=cosine,wdd"])  # what was typed must be right
     sgd_only = {c.label: c.error for c in make_choices(RECIPE, [], ["optimizer=all"], ["optimizer.nesterov=true"])}
     assert "nesterov" in sgd_only["adamw"]
 
@@ -80,3 +82,12 @@ def test_what_cannot_be_compared_is_one_line(over: list[str], message: str):
         make_choices(RECIPE, [], over)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_tuned_must_suit_every_choice_and_be_all_that_it_changes():
+    rates = ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert len(make_choices(RECIPE, [], ["optimizer=adamw,sgd"], rates)) == 2
+    with pytest.raises(InputError, match="are the same"):
+        make_choices(RECIPE, [], ["optimizer={name: sgd, lr: 0.1},{name: sgd, lr: 0.2}"], rates)
+    with pytest.raises(InputError, match="whole number"):
+        make_choices(RECIPE, [], ["optimizer=muon,{name: muon, nesterov: false}"], ["optimizer.ns_steps=5.5"])

@@ -192,6 +192,10 @@ def test_an_interrupted_comparison_resumes_to_the_same_end(
     out = tmp_path / "cut"
     command = ("compare", str(recipe), "--over", *OVER, "--seeds", "2", "--tune", "optimizer.lr=1e-3:1e-1")
     ended = fallline(*command, "--out", str(out), signal_when=(number, out / "runs" / "sgd" / "seed-1" / "run.json"))
+    if number == signal.SIGTERM:
+        assert "sgd did not finish." in ended.output
+        assert "failed" not in ended.output
+        assert f"continue with: fallline compare {out} --resume" in ended.output
     assert ended.code == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number), ended.output
     assert not (out / "runs" / "sgd" / "seed-2.json").exists()
     before = kept(out)
@@ -258,6 +262,12 @@ def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], reci
     assert {"adamw", "sgd", "adamw (2)", "sgd lr=0.2"} <= {*finals(both.report)}
     assert choices(both.report)["sgd lr=0.2"]["time"]["ratio"] is None
     assert any("put together" in note.lower() for note in both.report["notes"])
+    said = " ".join(s for part in both.report["analysis"]["summary"].values() for s in part)
+    assert "tuned differently" in said
+    assert "ran without tuning" in said
+    assert "were not tuned here" not in said
+    assert "did not finish" not in said
+    assert "Held equal: tokens." in said
     with pytest.raises(InputError, match="holds neither"):
         rebuild([tmp_path])
     (tmp_path / "other.json").write_text("{}")

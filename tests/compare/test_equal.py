@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from fallline.recipe import Recipe
 
 
 def measured(**found: tuple[int, float]) -> dict[str, Any]:
-    return {label: {"tokens": tokens, "time": {"ratio": ratio}} for label, (tokens, ratio) in found.items()}
+    return {
+        label: {"tokens": tokens, "time": {"ratio": ratio, "to": "adamw"}} for label, (tokens, ratio) in found.items()
+    }
 
 
 def recipes(*over: str, steps: int = 100) -> dict[str, Recipe]:
@@ -28,7 +31,7 @@ def test_equal_tokens_changes_steps_where_a_step_has_other_tokens():
 
 
 def measured_rows() -> dict[str, Any]:
-    return {f"batch={b}": {"tokens": 128 * b, "time": {"ratio": b / 8}} for b in (8, 16, 6)}
+    return {f"batch={b}": {"tokens": 128 * b, "time": {"ratio": b / 8, "to": "batch=8"}} for b in (8, 16, 6)}
 
 
 def test_equal_time_changes_steps_by_the_measured_ratio():
@@ -82,3 +85,23 @@ def test_rows_stay_where_there_is_nothing_to_gain_or_to_measure():
     assert most_rows(fails, 8, 100, 400) == 8
     assert most_rows(fails, 8, 400, 400) == 8
     assert most_rows(lambda n: 1000 * n, 8, 100, 400) == 8
+
+
+def test_rows_that_cost_nothing_are_added_with_care():
+    asked: list[int] = []
+
+    def measured(n: int) -> int:
+        asked.append(n)
+        return 100
+
+    most_rows(measured, 8, 100, 10**9)
+    assert all(after <= 4 * before for before, after in pairwise(asked))
+
+
+def test_too_little_memory_is_too_many_rows():
+    def measured(n: int) -> int:
+        if n > 12:
+            raise MeterError("no memory")
+        return 10 * n
+
+    assert 10 <= most_rows(measured, 8, 80, 400) <= 12

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fallline.drivers.compare.tuning import Tune, best, is_lost, next_value, on_edge, reference_curve
+from fallline.drivers.compare.tuning import Tune, best, is_lost, next_value, reference_curve
 from fallline.errors import InputError
 
 TUNE = Tune("optimizer.lr", 1e-4, 1e-1, 7)
@@ -20,6 +20,10 @@ def trials(loss: Callable[[float], float | None]) -> dict[float, float | None]:
         assert value not in tried
         tried[value] = loss(value)
     return tried
+
+
+def on_edge(tried: dict[float, float | None]) -> bool:
+    return best(tried) in (min(tried), max(tried))
 
 
 def bowl(at: float) -> Callable[[float], float]:
@@ -104,7 +108,7 @@ def test_the_reference_is_the_best_that_finished():
         "optimizer.lr",
         "optimizer.lr=1",
         "optimizer.lr=a:b",
-        "lr=1e-3:1e-2",
+        "optimizer.lr=1:1.01:20",
         "optimizer.lr=1e-2:1e-3",
         "optimizer.lr=0:1",
         "optimizer.lr=1e-3:1e-1:2",

@@ -71,7 +71,7 @@ def t_quantile(p: float, nu: int) -> float:
 
 
 def finals(choice: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """Seed → the choice's final run; of several the last, as a merged or repeated study appends."""
+    """Seed → the choice's final run."""
     return {run["seed"]: run for run in choice.get("runs") or () if run["kind"] == "final"}
 
 
@@ -125,7 +125,7 @@ def compare(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     base = next((c for c in choices if c["label"] == record["baseline"]), None)
     base_losses = final_losses(base) if base else {}
     planned = len(record.get("seeds") or ())
-    seeds = [_seeds(choice, planned) for choice in choices]
+    seeds = [_seeds(choice, choice.get("planned", planned)) for choice in choices]
     base_failed = any(s["failed"] for s, c in zip(seeds, choices, strict=True) if c is base)
     pairs = [
         paired(final_losses(c), base_losses) if base and c is not base and comparable(c, base) else {} for c in choices

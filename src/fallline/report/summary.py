@@ -261,7 +261,10 @@ def _held_equal(analysed: Mapping[str, Any]) -> list[str]:
 def _tuning(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
     tune = analysed.get("tune")
     if not tune:
-        return [UNTUNED]
+        without = [a for c, a in rows if not c.get("tuned") and a["loss"]["n"]]
+        if len(without) == sum(1 for _, a in rows if a["loss"]["n"]):
+            return [UNTUNED]
+        return [f"{_names(without)} ran without tuning."] if without else []
     name = tune["key"]
     decades = f"{math.log10(tune['high'] / tune['low']):.2g}"
     said = [

@@ -12,6 +12,9 @@ from typing import Any
 
 from . import figures
 
+Columns = list[tuple[str, list[str]]]
+"""(head, a cell for each choice)."""
+
 WIDTH = 110
 CURVE = 12
 SHORTEST_LABEL = 8
@@ -46,21 +49,21 @@ def table(analysed: Mapping[str, Any]) -> str:
     rows = [(analysed["choices"][i], analysis["choices"][i]) for i in analysis["order"]]
     tune = analysed.get("tune")
     sparks = _sparklines([about for _, about in rows])
-    columns: dict[str, list[str]] = {
-        (tune["key"].rsplit(".", 1)[-1] if tune else ""): [about["text"]["tuned"] for _, about in rows],
-        "val loss": [about["text"]["loss"] or about["verdict"] for _, about in rows],
-        f"− {analysed['baseline']}"[:24]: [about["text"]["difference"] for _, about in rows],
-        "curve": sparks,
-        "state/peak MiB": [_memory(choice) for choice, _ in rows],
-        "step ms": [about["text"].get("step", "").removesuffix(" ms") for _, about in rows],
-        "ratio": [about["text"].get("ratio", "") for _, about in rows],
-    }
-    filled = {head: cells for head, cells in columns.items() if any(cells)}
+    columns: Columns = [
+        (tune["key"].rsplit(".", 1)[-1] if tune else "tuned", [about["text"]["tuned"] for _, about in rows]),
+        ("val loss", [about["text"]["loss"] or about["verdict"] for _, about in rows]),
+        (f"− {analysed['baseline']}"[:24], [about["text"]["difference"] for _, about in rows]),
+        ("curve", sparks),
+        ("state/peak MiB", [_memory(choice) for choice, _ in rows]),
+        ("step ms", [about["text"].get("step", "").removesuffix(" ms") for _, about in rows]),
+        ("ratio", [about["text"].get("ratio", "") for _, about in rows]),
+    ]
+    filled = [(head, cells) for head, cells in columns if any(cells)]
     if _wide(filled) + SHORTEST_LABEL > WIDTH:
-        filled.pop("curve", None)
+        filled = [(head, cells) for head, cells in filled if cells is not sparks]
     labels = [about["label"] for _, about in rows]
     space = max(SHORTEST_LABEL, WIDTH - _wide(filled))
-    lines = _lines({"": [_shortened(label, space) for label in labels], **filled})
+    lines = _lines([("", [_shortened(label, space) for label in labels]), *filled])
     said = [sentence for part in analysis["summary"].values() for sentence in part]
     return "\n".join([*lines, "", *(textwrap.fill(sentence, WIDTH) for sentence in said)])
 
@@ -127,8 +130,8 @@ def _memory(choice: Mapping[str, Any]) -> str:
     return "/".join("?" if s is None else figures.fixed(s / 2**20, 1) for s in sizes)
 
 
-def _wide(columns: Mapping[str, Sequence[str]]) -> int:
-    return sum(2 + max(map(len, (head, *cells))) for head, cells in columns.items())
+def _wide(columns: Columns) -> int:
+    return sum(2 + max(map(len, (head, *cells))) for head, cells in columns)
 
 
 def _shortened(label: str, space: int) -> str:
@@ -139,15 +142,14 @@ def _shortened(label: str, space: int) -> str:
     return f"{label[:head]}…{label[len(label) - (space - 1 - head) :]}"
 
 
-def _lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    widths = {head: max(map(len, (head, *cells))) for head, cells in columns.items()}
+def _lines(columns: Columns) -> list[str]:
+    heads, bodies = zip(*columns, strict=True)
+    widths = [max(map(len, (head, *cells))) for head, cells in columns]
 
     def line(cells: Sequence[str]) -> str:
-        left = ("", "curve")
-        parts = [
-            f"{cell:{'<' if head in left else '>'}{widths[head]}}" for head, cell in zip(columns, cells, strict=True)
-        ]
+        left = [head in ("", "curve") for head in heads]
+        parts = [f"{c:{'<' if on_left else '>'}{width}}" for c, on_left, width in zip(cells, left, widths, strict=True)]
         return "  ".join(parts).rstrip()
 
-    rule = "─" * (sum(widths.values()) + 2 * (len(widths) - 1))
-    return [line(list(columns)), rule, *(line(cells) for cells in zip(*columns.values(), strict=True))]
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return [line(heads), rule, *(line(cells) for cells in zip(*bodies, strict=True))]

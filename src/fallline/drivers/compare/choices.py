@@ -47,7 +47,7 @@ class Choice:
 
 
 def make_choices(
-    path: str | Path, overrides: Sequence[str], over: Sequence[str], trial: Sequence[str] = ()
+    path: str | Path, overrides: Sequence[str], over: Sequence[str], trials: Sequence[str] = ()
 ) -> list[Choice]:
     """The choices that `--over` makes of a recipe, in its order; the first is the baseline.
 
@@ -55,7 +55,8 @@ def make_choices(
         path: of the recipe.
         overrides: ``key=value`` for all of them.
         over: ``key=a,b,…`` texts; several are combined each with each. ``all`` stands for the whole catalogue.
-        trial: overrides that every choice must take, tried here and left out again: what is tuned.
+        trials: overrides that every choice must take one by one, tried here and left out again: what is tuned. With
+            one of them, too, choices must differ.
 
     Raises:
         InputError: a key or value that cannot be used. What comes from ``all`` and cannot be used becomes a choice
@@ -64,27 +65,34 @@ def make_choices(
     if not over:
         raise InputError("nothing to compare: give --over key=a,b, such as --over optimizer=adamw,scale")
     keys: dict[str, list[str]] = {}
-    tolerant = False
+    whole: list[str] = []
     for text in over:
         key, values = _read(text)
         if key in keys:
             raise InputError(f"--over names {key!r} twice; give all its values at once: {key}=a,b")
         if values == ["all"] and key in KINDS:
-            values, tolerant = [id for kind, id in entries() if kind == key], True
+            values = [id for kind, id in entries() if kind == key]
+            whole.append(key)
         keys[key] = values
-    choices = []
+    for key in keys.keys() - whole if whole else ():  # what was typed must be right, whatever the catalogue holds
+        for value in keys[key]:
+            Recipe.load(path, *overrides, f"{key}={value}")
+    choices, tried = [], []
     for combined in product(*keys.values()):
         changes = dict(zip(keys, combined, strict=True))
         label = " ".join(_label(key, value) for key, value in changes.items())
         try:
             recipe = Recipe.load(path, *overrides, *map("=".join, changes.items()))
-            Recipe.parse(recipe.to_yaml(), *trial, origin=label)
+            parsed = [Recipe.parse(recipe.to_yaml(), trial, origin=label) for trial in trials]
+            tried += [Choice(label, changes, one) for one in parsed[:1]]
             choices.append(Choice(label, changes, recipe))
         except InputError as error:
-            if not tolerant:
+            if not whole:
                 raise
             choices.append(Choice(label, changes, None, str(error)))
     check_choices(choices)
+    if tried:
+        check_choices([*tried, *(c for c in choices if c.recipe is None)])
     return choices
 
 

@@ -79,6 +79,10 @@ class Meter:
             raise MeterError(found["error"])
         return found
 
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
@@ -105,36 +109,66 @@ def measure(
 ) -> None:
     """Measure every choice that is not known yet, and hand over what was found as soon as it is.
 
+    A choice that cannot be built and stepped twice is handed over as an error. One that only fails later, while it is
+    timed, has no time. One that does not fit beside the first is timed alone.
+
     Args:
-        recipes: by label; the first that can be measured is what the others' times are compared with.
-        known: by label, what was found earlier; an unknown baseline makes all times unknown.
-        keep: takes label and ``{tokens, memory, time, record, threads}`` or ``{error}``.
+        recipes: by label; times are taken in turns with those of the first that can be measured.
+        known: by label, what was found earlier.
+        keep: takes label and ``{tokens, memory, record, threads}``, with ``time`` if there is one; or ``{error}``.
         stop: whether to leave off between two choices.
     """
-    missing = [label for label in recipes if label not in known]
-    first: tuple[str, Meter] | None = None
+    first: str | None = None
+    held: Meter | None = None
     try:
         for label, recipe in recipes.items():
-            is_first = first is None and "error" not in known.get(label, {})
-            if stop() or not missing:
+            if stop():
                 return
-            if label not in missing and not is_first:
+            if label in known:
+                first = first or label
                 continue
+            if first is not None and (held is None or held.ended()):
+                held = opened(recipes[first])
             try:
                 meter = Meter(recipe)
-                if is_first:
-                    first = label, meter
-                    if label in missing:
-                        keep(label, meter.found | {"time": alone(meter) | {"to": label}})
-                else:
-                    assert first is not None
-                    with meter:
-                        keep(label, meter.found | {"time": beside(meter, first[1]) | {"to": first[0]}})
             except MeterError as error:
-                keep(label, {"error": str(error)})
+                if held is None:
+                    keep(label, {"error": str(error)})
+                    continue
+                held.close()  # perhaps for want of room beside it
+                held = None
+                try:
+                    meter = Meter(recipe)
+                except MeterError as again:
+                    keep(label, {"error": str(again)})
+                    continue
+            if first is None:
+                first, held = label, meter
+                keep(label, meter.found | timed(label, alone, meter))
+                continue
+            with meter:
+                if held is None:
+                    keep(label, meter.found | timed(None, alone, meter))
+                else:
+                    keep(label, meter.found | timed(first, beside, meter, held))
     finally:
-        if first is not None:
-            first[1].close()
+        if held is not None:
+            held.close()
+
+
+def opened(recipe: Recipe) -> Meter | None:
+    try:
+        return Meter(recipe)
+    except MeterError:
+        return None
+
+
+def timed(to: str | None, take: Callable[..., dict[str, Any]], *meters: Meter) -> dict[str, Any]:
+    """A time, ``to`` being the choice whose turns it was taken in, or nothing when one of the processes failed."""
+    try:
+        return {"time": take(*meters) | {"to": to, "interleaved": to is not None}}
+    except MeterError:
+        return {}
 
 
 def turn(meter: Meter) -> int:
@@ -177,7 +211,6 @@ def summary(
         "rounds": len(ratios),
         "steps_per_round": number,
         "void": (spread(ratios) if mine is not theirs else spread(seconds)) > VOID_ABOVE,
-        "interleaved": True,
         "load": os.getloadavg()[0],
         "phases": phases,
     }

@@ -23,7 +23,8 @@ def rebuild(paths: Sequence[Path], out: Path | None = None) -> Comparison:
     """Make a report of what is there; nothing is run.
 
     Args:
-        paths: folders of comparisons, their report.json, or run folders; the first has the baseline.
+        paths: folders of comparisons, their report.json, or run folders, which are put last as one comparison; the
+            first has the baseline.
         out: where the report goes; None: into the folder of the comparison, of several the next free runs/report-N.
 
     Raises:
@@ -69,54 +70,63 @@ def merged(records: Sequence[Record]) -> Record:
     """
     first = records[0]
     choices: dict[str, Record] = {}
-    notes = [*first["notes"]]
     for number, record in enumerate(records):
-        if number and record["tune"] != first["tune"]:
-            notes.append(
-                "The comparisons that were put together were tuned differently; each choice has its own trials."
-            )
-        for choice in record["choices"]:
-            label = choice["label"]
+        for given in record["choices"]:
+            choice, label = dict(given) | {"planned": len(record["seeds"])}, given["label"]
+            if number and choice["time"] is not None:
+                choice["time"] = dict(choice["time"]) | {"interleaved": False, "ratio": None}
             if label in choices and what_ran(choices[label]) == what_ran(choice):
                 choices[label] = joined(choices[label], choice)
                 continue
             if label in choices:
                 label = next(f"{label} ({n})" for n in range(2, 1000) if f"{label} ({n})" not in choices)
-            time = choice["time"]
-            if number and time is not None:
-                time = dict(time) | {"interleaved": False, "ratio": None}
-            choices[label] = dict(choice) | {"label": label, "time": time}
-    seeds = sorted({run["seed"] for c in choices.values() for run in c["runs"] if run["kind"] == "final"})
-    commands = list(dict.fromkeys(r["command"] for r in records if r["command"]))
-    code = {path: value for record in reversed(records) for path, value in record["sources"].items()}
+            choices[label] = choice | {"label": label}
+
+    def alike(key: str) -> Any:
+        """What all records have of it, or nothing."""
+        return first[key] if all(record[key] == first[key] for record in records) else None
+
+    notes = [note for record in records for note in record["notes"]]
     notes.append(
         f"Put together from {len(records)} comparisons; times of the second and later ones were not taken in turns "
         "with the first's."
     )
+    if alike("tune") is None and any(record["tune"] for record in records):
+        notes.append("They were tuned differently: each choice has the trials of its own comparison.")
+    if alike("equal") is None:
+        notes.append("They did not hold the same equal.")
+    seeds = sorted({run["seed"] for c in choices.values() for run in c["runs"] if run["kind"] == "final"})
+    commands = list(dict.fromkeys(r["command"] for r in records if r["command"]))
     return dict(first) | {
         "choices": [*choices.values()],
         "seeds": seeds,
+        "equal": alike("equal"),
+        "tune": alike("tune"),
         "command": "; ".join(commands) or None,
-        "sources": code,
+        "sources": {path: code for record in reversed(records) for path, code in record["sources"].items()},
         "notes": list(dict.fromkeys(notes)),
     }
 
 
-def what_ran(choice: Record) -> tuple[Any, Any]:
-    """What the runs of a choice that count were made with."""
-    return choice["recipe"], (choice["tuned"] or {}).get("value")
+def what_ran(choice: Record) -> list[Any]:
+    """What the runs of a choice that count were made with, but for their seeds."""
+    recipe = {k: v for k, v in (choice["recipe"] or {}).items() if k != "seed"}
+    return [recipe, (choice["tuned"] or {}).get("value")]
 
 
 def joined(one: Record, other: Record) -> Record:
     """A choice with the runs of two records; a run that both have is the first one's."""
     have = {(r["kind"], r["seed"], r["value"]) for r in one["runs"]}
-    more = [r for r in other["runs"] if (r["kind"], r["seed"], r["value"]) not in have]
-    runs = one["runs"] + more
-    done = any(r["kind"] == "final" and r["status"] == "done" for r in runs)
+    runs = one["runs"] + [r for r in other["runs"] if (r["kind"], r["seed"], r["value"]) not in have]
+    finals = [r for r in runs if r["kind"] == "final"]
+    done = [r for r in finals if r["status"] == "done"]
+    of_data = {c["comparable"] for c in (one, other) if c["runs"]}
     return dict(one) | {
         "runs": runs,
-        "status": "done" if done else one["status"],
+        "planned": len(finals),
+        "status": "done" if done and len(done) == len(finals) else one["status"] if not done else "partial",
         "error": None if done else one["error"],
+        "comparable": of_data.pop() if len(of_data) == 1 else "",
         "time": one["time"] or other["time"],
         "memory": one["memory"] or other["memory"],
     }

@@ -14,7 +14,7 @@ from ...metrics import read
 from ...recipe import Recipe
 from .choices import Choice
 from .study import RunPlace, Study, finals_of, trials_of
-from .tuning import RULE, best, next_value, on_edge
+from .tuning import RULE
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ def gather(folder: Path, study: Study) -> Record:
         "name": study.name,
         "command": study.command or None,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "equal": study.equal,
+        "equal": None if any("steps" in c.changes for c in study.choices) else study.equal,
         "baseline": baseline["label"],
         "seeds": [*study.seeds],
         "tune": tune_record(study),
@@ -48,7 +48,10 @@ def gather(folder: Path, study: Study) -> Record:
         "model": about.get("model"),
         "recipe": next((c["recipe"] for c in choices if c["recipe"] is not None), None),
         "sources": code,
-        "notes": [*study.notes, *(f"The code of {path} changed between runs." for path in changed)],
+        "notes": [
+            *notes_of(folder, study, choices, baseline["label"]),
+            *(f"The code of {path} changed between runs." for path in changed),
+        ],
         "choices": choices,
     }
 
@@ -61,16 +64,23 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         places = trials_of(folder, choice, study.tune, study.trial_seed)
         runs = [run_record(place, folder) for _, place in sorted(places.items())]
         tried = {r["value"]: r["loss"] if r["status"] == "done" else None for r in runs}
-        value = best(tried) if next_value(study.tune, tried) is None else None
-        tuned = None if value is None else {"value": value, "edge": on_edge(tried), "trials": len(tried)}
+        value = read_json(folder / "runs" / choice.folder / "tuned.json").get("value")
+        tuned = (
+            None if value is None else {"value": value, "edge": value in (min(tried), max(tried)), "trials": len(tried)}
+        )
     finals = [run_record(place, folder) for place in finals_of(folder, choice, study.seeds)]
     finals = [r for r in finals if r["status"] != "missing"]
     through = [r for r in finals if r["status"] == "done"]
     error = choice.error or measured.get("error")
     if not error and not through:
-        error = next((r["error"] for r in reversed((*runs, *finals)) if r["status"] == "failed"), None)
+        bad = [
+            r for r in (*runs, *finals) if r["status"] == "failed" or (r["kind"] == "final" and r["status"] == "lost")
+        ]
+        error = bad[-1]["error"] if bad else None
     about = measured.get("record", {})
-    settings: Sequence[str] = (read_json(folder / "equal.json") or {}).get(choice.label, [])
+    made = [read_json(folder / r["folder"] / "run.json") for r in finals]
+    same_data = all(content(m) == content(about) for m in made if m)
+    settings: Sequence[str] = read_json(folder / "equal.json").get("settings", {}).get(choice.label, [])
     recipe = None
     if choice.recipe is not None:
         recipe = Recipe.parse(choice.recipe.to_yaml(), *settings, name=study.name)
@@ -80,7 +90,7 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         "recipe": None if recipe is None else recipe.to_mapping(),
         "status": "done" if len(through) == len(study.seeds) else "failed" if error else "partial",
         "error": error,
-        "comparable": comparable(about, recipe),
+        "comparable": comparable(about, recipe) if same_data else "",
         "steps": None if recipe is None else recipe.settings.steps,
         "parameters": about.get("model", {}).get("parameters"),
         "tuned": tuned,
@@ -100,7 +110,7 @@ def run_record(place: RunPlace, folder: Path) -> Record:
         "kind": place.kind,
         "seed": place.seed,
         "value": place.value,
-        "status": {"died": "failed", "diverged": "failed"}.get(status, status),
+        "status": {"died": "failed", "diverged": "lost"}.get(status, status),
         "error": end.get("error"),
         "folder": str(place.out.relative_to(folder)),
         "loss": end.get("loss"),
@@ -131,19 +141,31 @@ def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any
     Seconds are that multiple of what the first choice took, so that all are of one spell of the machine.
     """
     times = {label: m["time"] for label, m in measured.items() if "time" in m}
+
+    def multiple(label: str) -> tuple[float, str]:
+        """Of the time of which choice; of its own where it was measured alone."""
+        return (times[label]["ratio"], times[label]["to"]) if times[label]["to"] in times else (1.0, label)
+
     for choice in choices:
         label = choice["label"]
-        if label not in times or times[label]["to"] not in times:
+        if label not in times:
             continue
-        mine, to = times[label], times[times[label]["to"]]
-        step = mine["ratio"] * to["step"]
-        base = times.get(baseline, {"to": None})
+        mine = times[label]
+        ratio, to = multiple(label)
+        step = ratio * times[to]["step"]
         choice["time"] = dict(mine) | {
             "step": step,
-            "ratio": mine["ratio"] / base["ratio"] if base["to"] == mine["to"] else None,
+            "ratio": None,
             "phases": {name: seconds * step / mine["step"] for name, seconds in mine["phases"].items()},
             "tokens": measured[label]["tokens"],
         }
+        if baseline not in times:
+            continue
+        of_base, base_to = multiple(baseline)
+        if base_to == to:
+            choice["time"] |= {"ratio": ratio / of_base} | ({"ratio_spread": None} if baseline != to else {})
+        elif not mine["interleaved"]:
+            choice["time"] |= {"ratio": step / (of_base * times[base_to]["step"]), "ratio_spread": None}
 
 
 def comparable(about: Mapping[str, Any], recipe: Recipe | None) -> str:
@@ -159,6 +181,33 @@ def comparable(about: Mapping[str, Any], recipe: Recipe | None) -> str:
         recipe.objective.to_mapping(),
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content(about: Mapping[str, Any]) -> list[Any]:
+    """What identifies the data of a run, its tokens included."""
+    return [about.get("data", {}).get("sha256"), about.get("tokenizer", {}).get("sha256")]
+
+
+def notes_of(folder: Path, study: Study, choices: Sequence[Record], baseline: str) -> list[str]:
+    """What a reader must know beside the numbers."""
+    found = [*study.notes]
+    if baseline != study.choices[0].label:
+        found.append(f"The first choice, {study.choices[0].label}, has no result; {baseline} is the baseline instead.")
+    if any("steps" in c.changes for c in study.choices):
+        found.append("Steps are what is compared, so the choices see different numbers of tokens.")
+    void = read_json(folder / "equal.json").get("void", [])
+    if void:
+        found.append(f"The steps of {', '.join(void)} come from times that varied too much from round to round.")
+    if study.equal == "memory":
+        peaks = {c["label"]: c["memory"]["peak"] for c in choices if c["memory"]}
+        less = [label for label, peak in peaks.items() if peak < 0.9 * max(peaks.values())]
+        if less:
+            found.append(f"Memory could not be made equal for {', '.join(less)}: the memory below is what was used.")
+    runs = [read_json(path) for path in sorted((folder / "runs").glob("*/*/run.json"))]
+    for key in ("versions", "threads", "device", "platform"):
+        if len({json.dumps(run.get(key), sort_keys=True) for run in runs if run}) > 1:
+            found.append(f"Runs were made with more than one set of {key}; their run.json says which.")
+    return found
 
 
 def tune_record(study: Study) -> Record | None:

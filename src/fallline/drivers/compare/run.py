@@ -103,10 +103,15 @@ def ask(
                 f"{override.split('=')[0]!r} is the comparison's own business; leave it out (--out FOLDER)"
             )
     tuned = None if tune is None else Tune.parse(tune)
-    trial = [] if tuned is None else [f"{tuned.key}={tuned.low!r}"]
-    choices = make_choices(path, overrides, over, trial)
+    trials = [] if tuned is None else [f"{tuned.key}={value!r}" for value in tuned.grid()]
+    choices = make_choices(path, overrides, over, trials)
     if tuned is not None and any(tuned.key in c.changes for c in choices):
         raise InputError(f"{tuned.key!r} cannot be both compared and tuned")
+    compared = {key for c in choices for key in c.changes}
+    if equal == "time" and "steps" in compared:
+        raise InputError("--equal time sets the steps; they cannot be what is compared")
+    if equal == "memory" and compared & {"batch", "micro"}:
+        raise InputError("--equal memory sets the rows in a step; batch and micro cannot be what is compared")
     first = next((c.recipe for c in choices if c.recipe is not None), None)
     if first is None:
         raise InputError(f"no choice can be run; the first because: {choices[0].error}")
@@ -144,12 +149,17 @@ def answer(
         raise InputError(f"nothing to resume in {folder}: it holds no comparison")
     elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no comparison; choose another --out")
+    free = any(c.recipe is not None and c.recipe.settings.threads is None for c in study.choices)
+    if parallel > 1 and study.threads is None and free:
+        raise InputError(
+            f"{folder} was begun with one run at a time, on all cores: with --parallel {parallel} threads would change"
+        )
     make_folder(folder)
     with checkpoint.lock(folder), interruptible() as interrupted:
         try:
             write_study(folder, study)
             with Work(study, folder, parallel, progress, interrupted) as work:
-                work.forget_failures()
+                work.tidy()
                 work.measure()
                 if interrupted() is None:
                     work.check_room()

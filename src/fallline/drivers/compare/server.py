@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -37,18 +38,24 @@ class Server:
             self._process.stdin.flush()
         with self._lock:
             self._pid = self._answer("pid")
-        code = self._answer("code")
+        code = self._answer("code") if self._pid else self._lost()
         with self._lock:
             self._pid = 0
         return code
+
+    def _lost(self) -> int:
+        """How the process ended that should have answered; the next job gets another."""
+        assert self._process is not None
+        code, self._process = self._process.wait(), None
+        return code if code < 0 else -signal.SIGKILL
 
     def _answer(self, key: str) -> int:
         assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process that trains has ended with code {self._process.wait()}")
-        return int(json.loads(line)[key])
+        if line:
+            return int(json.loads(line)[key])
+        return 0 if key == "pid" else self._lost()
 
     def signal(self, number: int) -> None:
         """Send a signal to the run that is going on, if there is one; only once, as a second one would kill it."""
@@ -58,7 +65,8 @@ class Server:
                 os.kill(self._pid, number)
 
     def close(self) -> None:
-        """End the process, which has no job."""
+        """End the process, and the run if there is one."""
+        self.signal(signal.SIGTERM)
         if self._process is not None:
             assert self._process.stdin is not None
             with suppress(BrokenPipeError):

@@ -124,6 +124,10 @@ def grown(old: Study, new: Study) -> Study:
         InputError: it is another question.
     """
     labels = [c.label for c in new.choices]
+    if old.choices[0].label != labels[0]:
+        raise InputError(f"the comparison to resume has the baseline {old.choices[0].label!r}, this one {labels[0]!r}")
+    if old.equal == "memory" and len(labels) > len(old.choices):
+        raise InputError("choices cannot be added to a comparison in equal memory: they would change what is equal")
     for c in old.choices:
         if c.label not in labels:
             raise InputError(f"the comparison to resume has the choice {c.label!r}, this one has not")
@@ -137,8 +141,15 @@ def grown(old: Study, new: Study) -> Study:
             raise InputError(f"cannot resume: {key} was {getattr(old, key)!r}, is {getattr(new, key)!r}")
     if old.seeds != new.seeds[: len(old.seeds)]:
         raise InputError(f"cannot resume with other seeds: they were {[*old.seeds]}, are {[*new.seeds]}")
-    known = {c.label: c for c in old.choices}
-    return replace(new, choices=tuple(known.get(c.label, c) for c in new.choices))
+    known = {c.label: c for c in old.choices if c.recipe is not None}
+    notes = [*old.notes]
+    if len(new.seeds) > len(old.seeds) and new.seeds[: len(old.seeds)] == old.seeds:
+        notes.append(
+            f"Seeds were added after a first look, from {len(old.seeds)} to {len(new.seeds)}; if that was because of "
+            "what was seen, the intervals are too narrow."
+        )
+    choices = tuple(known.get(c.label, c) for c in new.choices)
+    return replace(new, choices=choices, notes=tuple(dict.fromkeys([*notes, *new.notes])))
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,14 @@ class Tune:
             trials = int(more[0]) if more else max(3, round(2 * decades) + 1)
         except (ValueError, ZeroDivisionError, OverflowError):
             raise InputError(f"--tune is key=low:high, such as optimizer.lr=1e-4:1e-1, got {text!r}") from None
-        if not equals or "." not in key or len(more) > 1:
+        if not equals or not key or len(more) > 1:
             raise InputError(f"--tune is key=low:high, such as optimizer.lr=1e-4:1e-1, got {text!r}")
         if not (0 < low < high < math.inf) or trials < 3:
             raise InputError(f"--tune needs 0 < low < high and at least 3 trials, got {text!r}")
-        return cls(key, low, high, trials)
+        found = cls(key, low, high, trials)
+        if len({*found.grid()}) < trials:
+            raise InputError(f"--tune: {trials} trials are too many for so narrow a range, got {text!r}")
+        return found
 
     def grid(self) -> list[float]:
         """The values, ascending, of three significant digits."""
@@ -86,20 +89,15 @@ def next_value(tune: Tune, tried: Mapping[float, float | None]) -> float | None:
     found = best(tried)
     if found is None or len(tried) >= 2 * tune.trials:
         return None
-    if found == max(tried):
-        return tune.at(tune.place(found) + 1)
-    return tune.at(tune.place(found) - 1) if found == min(tried) else None
+    ahead = 1 if found == max(tried) else -1 if found == min(tried) else 0
+    value = tune.at(tune.place(found) + ahead)
+    return None if value in tried else value
 
 
 def best(tried: Mapping[float, float | None]) -> float | None:
     """The value with the lowest loss, None when none came through."""
     finite = {v: loss for v, loss in tried.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=lambda v: (finite[v], v)) if finite else None
-
-
-def on_edge(tried: Mapping[float, float | None]) -> bool:
-    """Whether the best value is the lowest or highest tried."""
-    return best(tried) in (min(tried), max(tried))
 
 
 def is_lost(step: int, steps: int, loss: float, start: float, reference: Mapping[int, float]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 from ...errors import InputError, StorageError
 from ...metrics.progress import duration
@@ -24,6 +24,8 @@ from .record import read_json
 from .server import Server
 from .study import RunPlace, Study, finals_of, trials_of
 from .tuning import Tune, best, next_value, reference_curve
+
+T = TypeVar("T")
 
 
 class Work:
@@ -51,12 +53,14 @@ class Work:
             with self._printing:
                 print(text, file=self.progress, flush=True)
 
-    def forget_failures(self) -> None:
-        """Let what failed be tried again; a run that diverged would do so again."""
+    def tidy(self) -> None:
+        """Let what failed be tried again (a run that diverged would do so again), and finish what a kill left."""
         for path in [*(self.folder / "runs").glob("*/*.json"), *(self.folder / "measured").glob("*.json")]:
             end = read_json(path)
             if end.get("status") in ("failed", "died") or (path.parent.name == "measured" and "error" in end):
                 path.unlink()
+            elif path.name.startswith("trial-"):
+                drop_weights(path.with_suffix(""))
 
     def measure(self) -> None:
         """Memory and time of every choice, and with them what makes the choices equal; a void time is taken again."""
@@ -64,13 +68,17 @@ class Work:
         places = {c.label: self.folder / "measured" / f"{c.folder}.json" for c in self.study.choices}
         low = [] if self.study.tune is None else [f"{self.study.tune.key}={self.study.tune.low!r}"]  # will not diverge
         recipes = {c.label: self.variant(c, *low) for c in self.study.choices if c.recipe is not None}
-        settings = read_json(self.folder / "equal.json")
-        if self.study.equal == "memory" and not settings:
-            self.say("measuring how many rows each choice can take in equal memory")
-            settings = equal_memory(recipes, self.stopping)
         self.fill_caches([recipe for label, recipe in recipes.items() if not places[label].exists()])
+        equal = read_json(self.folder / "equal.json")
+        self.settings = equal.get("settings", {})
+        if self.study.equal == "memory":
+            if not self.settings:
+                self.say("measuring how many rows each choice can take in equal memory")
+                self.settings = equal_memory(recipes, self.stopping)
+            choices = {c.label: c for c in self.study.choices}
+            recipes = {label: self.variant(choices[label], *low, *self.settings.get(label, [])) for label in recipes}
         known = {label: found for label in recipes if (found := read_json(places[label]))}
-        self.measured = {label: m for label, m in known.items() if not m.get("time", {}).get("void")}
+        self.measured = {label: m for label, m in known.items() if not m.get("time", {"void": True})["void"]}
         if len(self.measured) < len(recipes):
             self.say("measuring memory, and the time of a step in turns with the first choice's")
 
@@ -79,24 +87,29 @@ class Work:
             write_text(places[label], json.dumps(found, indent=1) + "\n")
             self.say(f"  {label}: {told(found)}")
 
-        if self.study.equal == "memory":
-            widened = [c for c in self.study.choices if c.label in recipes]
-            recipes = {c.label: self.variant(c, *low, *settings.get(c.label, [])) for c in widened}
-        measure(recipes, dict(self.measured), keep, self.stopping)
+        if not self.stopping():
+            measure(recipes, dict(self.measured), keep, self.stopping)
         if self.stopping():
             return
+        void = equal.get("void", [])
         if self.study.equal != "memory":
-            settings = equal_steps(recipes, self.measured, self.study.equal == "time") | settings
-        write_text(self.folder / "equal.json", json.dumps(settings, indent=1) + "\n")
-        self.settings = settings
+            found = equal_steps(recipes, self.measured, self.study.equal == "time")
+            if self.study.equal == "time":
+                times = {label: self.measured[label]["time"] for label in found if label not in self.settings}
+                void = [*void, *(label for label, time in times.items() if time["void"])]
+            self.settings = found | self.settings
+        text = json.dumps({"settings": self.settings, "void": void}, indent=1)
+        write_text(self.folder / "equal.json", text + "\n")
 
     def fill_caches(self, recipes: Sequence[Recipe]) -> None:
         """Tokenize and convert beforehand, so that none of it counts as a choice's memory."""
         distinct = {json.dumps([r.data.to_mapping(), r.model.to_mapping()]): r for r in recipes}
-        for recipe in distinct.values():
+
+        def fill(recipe: Recipe, server: Server) -> None:
             if not self.stopping():
-                job = {"recipe": recipe.to_yaml(), "name": recipe.name, "log": os.devnull}  # an error comes again
-                self.servers[0](job)
+                server({"recipe": recipe.to_yaml(), "name": recipe.name, "log": os.devnull})  # an error comes again
+
+        self.spread(fill, list(distinct.values()))
 
     def check_room(self) -> None:
         """Refuse what the disk cannot hold: every run that counts keeps its last checkpoint.
@@ -120,14 +133,18 @@ class Work:
             StorageError: the disk refused; the other runs were interrupted and saved.
         """
         todo = [c for c in self.study.choices if c.recipe is not None and "error" not in self.measured.get(c.label, {})]
+        self.spread(self.choice, todo)
+
+    def spread(self, work: Callable[[T, Server], None], items: Sequence[T]) -> None:
+        """Do pieces of work in order, on as many servers as there are; what interrupts us interrupts their runs."""
         free: SimpleQueue[Server] = SimpleQueue()
         for server in self.servers:
             free.put(server)
 
-        def one(choice: Choice) -> None:
+        def one(item: T) -> None:
             server = free.get()
             try:
-                self.choice(choice, server)
+                work(item, server)
             except BaseException:
                 self._failed.set()
                 raise
@@ -135,12 +152,14 @@ class Work:
                 free.put(server)
 
         with ThreadPoolExecutor(len(self.servers)) as pool:
-            futures = [pool.submit(one, c) for c in todo]
+            futures = [pool.submit(one, item) for item in items]
             try:
                 while wait(futures, timeout=0.2).not_done and not self.stopping():
                     pass
-            finally:  # a second Ctrl-C comes through here as well
+            except BaseException:  # a second Ctrl-C
                 self._failed.set()
+                raise
+            finally:
                 while wait(futures, timeout=0.2).not_done:
                     for server in self.servers:
                         server.signal(signal.SIGTERM)
@@ -152,7 +171,7 @@ class Work:
         settings = self.settings.get(choice.label, [])
         try:
             if self.study.tune is not None:
-                value = self.tune(choice, self.study.tune, settings, server)
+                value = self.tuned(choice, self.study.tune, settings, server)
                 if value is None:
                     return
                 settings = [*settings, f"{self.study.tune.key}={value!r}"]
@@ -162,6 +181,16 @@ class Work:
         except InputError as error:  # a schedule that does not fit the steps, say
             self.say(f"{choice.label}: {error}")
             write_text(self.folder / "measured" / f"{choice.folder}.json", json.dumps({"error": str(error)}) + "\n")
+
+    def tuned(self, choice: Choice, tune: Tune, settings: list[str], server: Server) -> float | None:
+        """The best value, found once: a trial that is tried again later changes nothing that was run with it."""
+        frozen = self.folder / "runs" / choice.folder / "tuned.json"
+        value: float | None = read_json(frozen).get("value")
+        if value is None:
+            value = self.tune(choice, tune, settings, server)
+            if value is not None:
+                write_text(frozen, json.dumps({"value": value}) + "\n")
+        return value
 
     def tune(self, choice: Choice, tune: Tune, settings: list[str], server: Server) -> float | None:
         """Do the trials that are missing: the best value, None when there is none or the work is to stop."""
@@ -203,8 +232,7 @@ class Work:
             end = {"status": "died", "error": died(code) if code < 0 else last_line(place.log)}
             write_text(place.outcome, json.dumps(end) + "\n")
         if place.kind == "trial":
-            shutil.rmtree(place.out / "checkpoints", ignore_errors=True)
-            (place.out / "model").unlink(missing_ok=True)
+            drop_weights(place.out)
         self.say(f"{title(place, self.study.tune)}: {told_end(end)}")
 
     def variant(self, choice: Choice, *more: str) -> Recipe:
@@ -212,12 +240,20 @@ class Work:
         assert choice.recipe is not None
         free = self.study.threads is not None and choice.recipe.settings.threads is None
         threads = [f"threads={self.study.threads}"] if free else []
-        own = ("sample=0", "tracker=null", "out=null")
+        own = ["sample=0", "tracker=null", "out=null"]
+        if choice.recipe.checkpoint.every:
+            own += ["checkpoint.keep=1", "checkpoint.best=false"]
         return Recipe.parse(choice.recipe.to_yaml(), *own, *threads, *more, name=self.study.name)
 
     def stopping(self) -> bool:
         """Whether to begin nothing new."""
         return self.interrupted() is not None or self._failed.is_set()
+
+
+def drop_weights(out: Path) -> None:
+    """Leave of a run its record and metrics."""
+    (out / "model").unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def last_line(path: Path) -> str:
@@ -244,8 +280,11 @@ def told(found: Mapping[str, Any]) -> str:
     """A measurement in words."""
     if "error" in found:
         return f"cannot be measured: {found['error']}"
-    time, memory = found["time"], found["memory"]
-    text = f"peak {memory['peak'] / 2**20:.0f} MiB, {1e3 * time['step']:.1f} ms a step"
-    if time["ratio"] != 1:
+    text = f"peak {found['memory']['peak'] / 2**20:.0f} MiB"
+    if "time" not in found:
+        return f"{text}, failed while it was timed"
+    time = found["time"]
+    text += f", {1e3 * time['step']:.1f} ms a step"
+    if time["interleaved"] and time["ratio"] != 1:
         text += f", {time['ratio']:.2f} ± {time['ratio_spread']:.0%} of {time['to']}'s"
     return text + (" (void: the machine was too busy)" if time["void"] else "")

@@ -13,14 +13,16 @@ import os
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ... import checkpoint
 from ...catalog import find
-from ...errors import FalllineError, NonFiniteError, StorageError
+from ...errors import FalllineError, InputError, NonFiniteError, StorageError
 from ...recipe import WORDS, Recipe
 from ..folder import validation_curve, write_text
 from ..setting import build
@@ -45,6 +47,7 @@ def run_job(job: Mapping[str, Any]) -> int:
     """
     recipe = Recipe.parse(job["recipe"], name=job["name"])
     out, steps = Path(str(recipe.settings.out)), recipe.settings.steps
+    wait_for(out)
     reference = None if job["reference"] is None else {int(k): v for k, v in job["reference"].items()}
     resume = (out / "run.json").is_file()
     losses = validation_curve(out) if resume else {}
@@ -76,13 +79,25 @@ def run_job(job: Mapping[str, Any]) -> int:
         return error.exit_code
     except FalllineError as error:
         code = error.exit_code
-        outcome = {"status": "diverged" if isinstance(error, NonFiniteError) else "failed", "error": str(error)}
+        status = "diverged" if isinstance(error, NonFiniteError) else "failed"
+        outcome = {"status": status, "error": str(error), "sources": method_sources(recipe)}
     except Exception as error:
         traceback.print_exc()
         code = 1
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0]}
     write_text(Path(job["outcome"]), json.dumps(outcome, indent=1) + "\n")
     return code
+
+
+def wait_for(out: Path, seconds: float = 60.0) -> None:
+    """Wait for whoever holds a run's folder: a killed comparison's run needs a moment to see that it is abandoned."""
+    end = time.monotonic() + seconds
+    while out.is_dir() and time.monotonic() < end:
+        try:
+            with checkpoint.lock(out):
+                return
+        except InputError:
+            time.sleep(0.1)
 
 
 def method_sources(recipe: Recipe) -> dict[str, str]:
