@@ -5,7 +5,8 @@
 A card's `evidence` names the files that its figures come from: results of a benchmark, or the report of a study. Such a
 file holds the `command` that wrote it and, as `sources`, the `code_hash` of each file it measured. The figures are
 stale when the method, or the fast path it imports, is no longer what was measured, and when a command that `checked`
-quotes in brackets is not that of an evidence file or the other way round. Prints a line for each such card.
+quotes in brackets is not that of an evidence file or the other way round; a study is quoted by its command or by the
+path of its report.json. Prints a line for each such card.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fallline.catalog import ROOMS, Card, code_hash, code_of, read_card
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path("src/fallline")
-COMMAND = re.compile(r"\(((?:python benchmarks/\S+\.py|fallline compare)\b[^()]*)\)")
+QUOTED = re.compile(r"\(((?:python benchmarks/\S+\.py|fallline compare)\b[^()]*|studies/[^()\s]+)\)")
 
 
 def stale_cards(root: Path) -> list[str]:
@@ -45,7 +46,8 @@ def cards(root: Path) -> Iterator[tuple[Path, Card]]:
 
 def stale(root: Path, method: Path, card: Card) -> Iterator[str]:
     """What is wrong with the figures of one card."""
-    commands = set()
+    quoted = set(QUOTED.findall(card.checked))
+    known = set()
     for name in card.evidence:
         try:
             record = json.loads((root / name).read_text(encoding="utf-8"))
@@ -55,16 +57,15 @@ def stale(root: Path, method: Path, card: Card) -> Iterator[str]:
         except (ValueError, KeyError, TypeError):
             yield f"{name} is not JSON with `command` and `sources`"
         else:
-            commands.add(command)
+            known |= {name, command}
+            if not quoted & {name, command}:
+                yield f"`checked` does not quote ({command}), of which there is evidence"
             for path in (file.relative_to(root) for file in code_of(root / method, root / PACKAGE)):
                 change = changed(root, path, sources)
                 if change:
                     yield f"{name} is older than {path}, which {change}; run again: {command}"
-    quoted = set(COMMAND.findall(card.checked))
-    for command in sorted(quoted - commands):
-        yield f"`checked` quotes ({command}), of which there is no evidence; run it and name its file in `evidence`"
-    for command in sorted(commands - quoted):
-        yield f"`checked` does not quote ({command}), of which there is evidence"
+    for quote in sorted(quoted - known):
+        yield f"`checked` quotes ({quote}), of which there is no evidence; run it and name its file in `evidence`"
 
 
 def changed(root: Path, path: Path, sources: dict[str, Any]) -> str:

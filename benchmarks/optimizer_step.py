@@ -71,7 +71,8 @@ def against_adamw(model: torch.nn.Module, pairs: int) -> None:
     if find_spec("pytorch_optimizer") is not None:
         from pytorch_optimizer import StableSPAM
 
-        contestants["pytorch_optimizer StableSPAM"] = StableSPAM(model.parameters(), lr=1e-5).step
+        own = build()  # it overwrites the gradients
+        contestants["pytorch_optimizer StableSPAM"] = StableSPAM(own.parameters(), lr=1e-5).step
     source, target = torch.randn(2, 1 << 26)
     contestants["copy"] = lambda: target.copy_(source)
 
