@@ -193,7 +193,7 @@ def test_an_interrupted_comparison_resumes_to_the_same_end(
     command = ("compare", str(recipe), "--over", *OVER, "--seeds", "2", "--tune", "optimizer.lr=1e-3:1e-1")
     ended = fallline(*command, "--out", str(out), signal_when=(number, out / "runs" / "sgd" / "seed-1" / "run.json"))
     if number == signal.SIGTERM:
-        assert "sgd did not finish." in ended.output
+        assert "did not finish." in ended.output  # sgd, or one of its seeds: the first may just have got through
         assert "failed" not in ended.output
         assert f"continue with: fallline compare {out} --resume" in ended.output
     assert ended.code == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number), ended.output
