@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from fallline.catalog import code_hash
+from fallline.drivers.compare.measuring import VOID_ABOVE, spread
+from fallline.drivers.compare.meter import forget_peak
 from fallline.drivers.setting import processor
-
-VOID_ABOVE = 0.20
-"""Spread beyond which a timing says nothing."""
+from fallline.metrics import peak_memory as process_peak
+from fallline.metrics import resident_memory
 
 LEAST_PAIRS = 7
 """Rounds below which a median and its spread say nothing."""
@@ -86,14 +87,6 @@ def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = LEAST_PAI
     }
 
 
-def spread(values: Sequence[float]) -> float:
-    """Interquartile range by the median; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / middle
-
-
 def peak_memory(script: str, names: Sequence[str], *options: str) -> dict[str, int]:
     """Peak bytes of each contestant, each measured by ``script --peak NAME`` in a process of its own."""
     peaks = {}
@@ -106,16 +99,10 @@ def peak_memory(script: str, names: Sequence[str], *options: str) -> dict[str, i
 
 def peak_of(contestant: Callable[[], Any]) -> int:
     """Bytes by which one call raises the resident size. Linux."""
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts again from the present one
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident_memory()
     contestant()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """A size of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its highest. `getrusage` starts at the parent's."""
-    rows = Path("/proc/self/status").read_text().splitlines()
-    return int(next(row for row in rows if row.startswith(field)).split()[1]) * 1024
+    return process_peak() - before
 
 
 def machine() -> dict[str, Any]:
