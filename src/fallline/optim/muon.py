@@ -52,7 +52,7 @@ CARD = Card(
     "difference −0.72 [−0.96, −0.47] (studies/optimizers-tiny/report.json); the latter at 10 M and 100 steps "
     "5.746 ± 0.045 where adamw has 6.59 ± 0.17, difference −0.84 [−1.67, −0.01] "
     "(studies/optimizers-small/report.json). The matrices of a 58 M Llama on two CPU cores that multiply "
-    "bfloat16: 0.88 of its matrix products alone in float32, 1.92 of torch.optim.Muon, which rounds to "
+    "bfloat16: 0.88 of its matrix products alone in float32, 1.93 of torch.optim.Muon, which rounds to "
     "bfloat16 (python benchmarks/optimizer_step.py --pairs 15)",
     evidence=(
         "studies/optimizers-tiny/report.json",
