@@ -268,6 +268,9 @@ def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], reci
     assert "were not tuned here" not in said
     assert "did not finish" not in said
     assert "Held equal: tokens." in said
+    twice = rebuild([tmp_path / "a", tmp_path / "a"], tmp_path / "d")
+    assert finals(twice.report) == finals(runs.report)
+    assert not any("same equal" in note for note in twice.report["notes"])
     with pytest.raises(InputError, match="holds neither"):
         rebuild([tmp_path])
     (tmp_path / "other.json").write_text("{}")

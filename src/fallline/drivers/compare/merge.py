@@ -93,7 +93,7 @@ def merged(records: Sequence[Record]) -> Record:
     )
     if alike("tune") is None and any(record["tune"] for record in records):
         notes.append("They were tuned differently: each choice has the trials of its own comparison.")
-    if alike("equal") is None:
+    if any(record["equal"] != first["equal"] for record in records):
         notes.append("They did not hold the same equal.")
     seeds = sorted({run["seed"] for c in choices.values() for run in c["runs"] if run["kind"] == "final"})
     commands = list(dict.fromkeys(r["command"] for r in records if r["command"]))
