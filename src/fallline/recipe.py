@@ -74,6 +74,7 @@ class Settings(Options):
 #: Kinds of method that a recipe picks one of, and which one when it does not say.
 WORDS: dict[str, str | None] = {
     "model": None,
+    "adapter": "none",
     "data": None,
     "sampler": "uniform",
     "objective": "causal",
@@ -117,6 +118,7 @@ class Recipe:
     """A checked recipe. Make one with `load` or `parse`."""
 
     model: Choice
+    adapter: Choice
     data: Choice
     sampler: Choice
     objective: Choice
@@ -144,6 +146,7 @@ class Recipe:
         """
         path = Path(path)
         if (path / "recipe.yaml").is_file():
+            path = path.parent / path.readlink() if path.is_symlink() else path  # runs/latest
             overrides = (f"out={json.dumps(str(path))}", *overrides)
             path = path / "recipe.yaml"
         if path.is_dir():

@@ -44,6 +44,8 @@ class Run:
         clock: books time, see `Clock`.
         stopped: why the run should end, or empty.
         marks: states to rewind to, by name.
+        given: names in the model's state that the recipe gives back and no step changes, such as an adapter's frozen
+            base: they are no part of the run's state.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Run:
     clock: Clock = field(default=lambda phase: nullcontext())
     stopped: str = ""
     marks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
     _mark: set[str] = field(default_factory=set)
     _rewind: tuple[str, tuple[str, ...]] | None = None
 
@@ -116,7 +119,9 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on: nested dicts of tensors, numbers and strings."""
         state: dict[str, Any] = {"step": self.step, "seed": self.seed, "trainable": self._shapes()}
-        return state | {"marks": self.marks} | {k: v.state_dict() for k, v in self.stateful().items()}
+        words = {k: v.state_dict() for k, v in self.stateful().items()}
+        words["model"] = {k: v for k, v in words["model"].items() if k not in self.given}
+        return state | {"marks": self.marks} | words
 
     def _shapes(self) -> dict[str, list[Any]]:
         return {n: [str(p.dtype).removeprefix("torch."), *p.shape] for n, p in self.trainable().items()}
@@ -148,7 +153,10 @@ class Run:
         self.marks = dict(state["marks"])
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64).clone() for group in self.optimizer.param_groups]
         for k, v in self.stateful().items():
-            if k not in keep:
+            if k == "model" and k not in keep:
+                given = {name: t for name, t in v.state_dict().items() if name in self.given}
+                v.load_state_dict(given | state[k])
+            elif k not in keep:
                 v.load_state_dict(state[k])
         if "schedule" in keep:  # the rates are its doing: they stay with it
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):

@@ -7,7 +7,9 @@
         manifest.json        format, step, validation loss, size and SHA-256 of each file, and of itself
 
 `AutoModelForCausalLM.from_pretrained` loads `model/`; its tensors have the names of `model.state_dict()`, tied ones
-once. Nothing is pickled.
+once. Of an adapter on a frozen model, `model/` is what the adapter is exported as (`adapter_config.json`,
+`adapter_model.safetensors`, the tokenizer's files), and its parameters are in `state.safetensors`; the frozen model is
+not saved. Nothing is pickled.
 
 A checkpoint is written under a hidden name, every file and folder is synced, and one rename reveals it. Old ones are
 deleted after that is durable, and hidden first. What a killed writer leaves has a hidden name too, and the next save

@@ -95,10 +95,13 @@ def load(saved: Saved, run: Run) -> dict[str, Any]:
         older = _newest([p for p in folders(path.parent) if _step(p) < saved.step])
         way_out = f"the next older good one is {older.path}" if older else "there is no older good one"
         raise InputError(f"{error}; {way_out}") from None
-    with safe_open(path / MODEL, "pt") as model, safe_open(path / STATE, "pt") as state:
+    with contextlib.ExitStack() as open_files:
+        state = open_files.enter_context(safe_open(path / STATE, "pt"))
+        apart = (path / MODEL).is_file()  # otherwise the model's state is an adapter's, and lies with the rest
+        model = open_files.enter_context(safe_open(path / MODEL, "pt")) if apart else None
 
         def get(mark: dict[str, Any]) -> Tensor:
-            if "$model" in mark:
+            if "$model" in mark and model is not None:
                 return model.get_tensor(mark["$model"])  # a view of the file; the model copies it
             t: Tensor = state.get_tensor(mark["$tensor"]).clone()  # an optimizer may keep it: own and align its memory
             return t.view(getattr(torch, mark["dtype"])).reshape(mark["shape"]) if "dtype" in mark else t

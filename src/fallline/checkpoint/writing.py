@@ -7,7 +7,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def save(
     run: Run,
     *,
     tokenizer: Any = None,
+    export: Callable[[Path], None] | None = None,
     validation_loss: float | None = None,
     keep: int,
     keep_best: bool = True,
@@ -40,6 +42,8 @@ def save(
         folder: of the run; it exists.
         run: its state is `run.state_dict()`.
         tokenizer: a 🤗 tokenizer, saved with the model.
+        export: writes into `model/` what others load, where that is not the model's whole state: an adapter. The state
+            then lies with the rest of the run's.
         validation_loss: of these weights.
         keep: how many of the newest to keep, at least 1.
         keep_best: keep also the one with the smallest finite validation loss.
@@ -58,7 +62,7 @@ def save(
     try:
         with files.plain_errors():
             _prepare(home)
-            _fill(hidden, run, tokenizer, validation_loss, extra or {})
+            _fill(hidden, run, tokenizer, export, validation_loss, extra or {})
             _reveal(hidden, home / name)
             _prune(home, run.step, keep, keep_best)
     except (OSError, InputError) as error:
@@ -84,22 +88,34 @@ def _prepare(home: Path) -> None:
     checkpoint.point("cleaned")
 
 
-def _fill(hidden: Path, run: Run, tokenizer: Any, validation_loss: float | None, extra: Mapping[str, Any]) -> None:
+def _fill(
+    hidden: Path,
+    run: Run,
+    tokenizer: Any,
+    export: Callable[[Path], None] | None,
+    validation_loss: float | None,
+    extra: Mapping[str, Any],
+) -> None:
     """Write a whole checkpoint into the new folder `hidden`."""
     (hidden / "model").mkdir(parents=True)
-    model, state, text = _split(run, extra)
-    _describe(hidden / "model", run.model, tokenizer)
+    model, state, text = _split(run, extra, apart=export is None)
+    (export or partial(_describe, model=run.model))(hidden / "model")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(hidden / "model")
     entries = {str(p.relative_to(hidden)): files.seal(p) for p in sorted(hidden.rglob("*")) if p.is_file()}
     checkpoint.point("described")
 
-    plans = {MODEL: files.layout(model), STATE: files.layout(state)}
+    plans = {
+        name: files.layout(tensors) for name, tensors in ((MODEL, model), (STATE, state)) if name == STATE or model
+    }
     needed = sum(plan.size for plan in plans.values()) + len(text)
     free = shutil.disk_usage(hidden).free
     if needed > free:
         raise StorageError(f"{hidden.parent} has {files.human(free)} free and {files.human(needed)} are needed")
     checkpoint.point("checked")
 
-    entries[MODEL] = files.write_tensors(hidden / MODEL, plans[MODEL])
+    if MODEL in plans:
+        entries[MODEL] = files.write_tensors(hidden / MODEL, plans[MODEL])
     checkpoint.point("model written")
     entries[STATE] = files.write_tensors(hidden / STATE, plans[STATE])
     entries[TREE] = files.write(hidden / TREE, iter([text]))
@@ -112,8 +128,11 @@ def _fill(hidden: Path, run: Run, tokenizer: Any, validation_loss: float | None,
     checkpoint.point("synced")
 
 
-def _split(run: Run, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], bytes]:
-    """The tensors of the model's file, those of the state's file, and the tree that holds everything together."""
+def _split(run: Run, extra: Mapping[str, Any], apart: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], bytes]:
+    """The tensors of the model's file, those of the state's file, and the tree that holds everything together.
+
+    `apart`: the model has a file of its own.
+    """
     whole = run.state_dict()
     owner = _owners(whole["model"], getattr(run.model, "all_tied_weights_keys", None))
     model: dict[str, Tensor] = {}
@@ -122,7 +141,7 @@ def _split(run: Run, extra: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     def put(path: tree.Path, tensor: Tensor) -> dict[str, Any]:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise InputError(f"the state at {tree.show(path)!r} is a {tensor.layout} tensor; only dense ones are saved")
-        if path[:2] == ("run", "model") and len(path) == 3:
+        if apart and path[:2] == ("run", "model") and len(path) == 3:
             if tensor.dtype not in files.DTYPES:
                 raise InputError(f"{tree.show(path[2:])!r} has dtype {tensor.dtype}, which safetensors cannot hold")
             name = owner[path[-1]]
@@ -158,8 +177,8 @@ def _owners(state: Mapping[str, Any], tied: Mapping[str, str] | None) -> dict[st
     return owner
 
 
-def _describe(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write what makes a folder of weights a 🤗 model: the configuration, how to generate, the tokenizer."""
+def _describe(folder: Path, model: Any) -> None:
+    """Write what makes a folder of weights a 🤗 model: the configuration, and how to generate."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config = copy.deepcopy(config)
@@ -169,8 +188,6 @@ def _describe(folder: Path, model: Any, tokenizer: Any) -> None:
         config.to_json_file(folder / "config.json")
         if model.can_generate():
             model.generation_config.to_json_file(folder / "generation_config.json")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def _reveal(hidden: Path, final: Path) -> None:

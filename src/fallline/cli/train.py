@@ -27,5 +27,6 @@ def train(path: str, overrides: Sequence[str], resume: bool, print_recipe: bool,
         print(f"stopped early: {result.run.stopped}")
     if result.sample:
         print(f"the model writes: {result.sample!r}")
-    print(f"run folder {result.out}  (the model, for AutoModelForCausalLM: {result.out / 'model'})")
+    what = "the adapter, for PEFT" if result.run.given else "the model, for AutoModelForCausalLM"
+    print(f"run folder {result.out}  ({what}: {result.out / 'model'})")
     return 0

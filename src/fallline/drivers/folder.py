@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -115,9 +116,20 @@ def validation_curve(out: Path) -> dict[int, float]:
 
 
 def link_model(out: Path) -> None:
-    """Point `model` at the newest checkpoint's 🤗 folder."""
+    """Point `model` at what the newest checkpoint exported."""
     saved = checkpoint.find(out)[-1]
-    link, temporary = out / "model", out / ".model.tmp"
+    _link(out / "model", Path("checkpoints") / saved.path.name / "model")
+
+
+def link_latest(out: Path) -> None:
+    """Point `runs/latest` at a run in `runs/`; runs elsewhere leave it alone."""
+    if out.absolute().parent == Path("runs").absolute():
+        with suppress(OSError):  # a folder of that name, or a file system without links: a convenience only
+            _link(Path("runs/latest"), Path(out.name))
+
+
+def _link(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(Path("checkpoints") / saved.path.name / "model", target_is_directory=True)
+    temporary.symlink_to(target, target_is_directory=True)
     temporary.replace(link)

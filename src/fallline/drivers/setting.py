@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..adapters.layers import given
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
@@ -82,6 +83,8 @@ def build(recipe: Recipe) -> Setting:
         dtype=DTYPES[precision],
         device=device,
     )
+    content = fingerprint(model)
+    recipe.adapter.module.build(recipe.adapter.options).attach(model, seed=settings.seed)
     check_isolation(model)
     model.train()
     objective = recipe.objective.module.build(recipe.objective.options).to(device)
@@ -111,6 +114,7 @@ def build(recipe: Recipe) -> Setting:
         clip=settings.clip,
         device=device,
         clock=clock,
+        given=given(model),
     )
     record = {
         "fallline": __version__,
@@ -126,8 +130,9 @@ def build(recipe: Recipe) -> Setting:
         "data": {"name": recipe.data.id, "sha256": dataset.fingerprint} | dataset.summary,
         "tokenizer": {"sha256": tokenizer_hash(dataset.tokenizer)},
         "model": {
-            "sha256": fingerprint(model),
+            "sha256": content,
             "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "architecture": type(model).__name__,
         },
     }

@@ -11,19 +11,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from .. import checkpoint
+from ..adapters import peft
 from ..errors import StorageError
 from ..generate import generate
 from ..metrics import Metrics, Progress, Trackers, check_trackers, peak_memory, trackers
 from ..noise import rng
 from ..recipe import Recipe
 from ..step import Run, take_step
-from .folder import link_model, make_folder, open_folder, run_folder
+from .folder import link_latest, link_model, make_folder, open_folder, run_folder
 from .setting import Setting, build
 
 
@@ -126,6 +128,7 @@ def train(
     make_folder(out)
     with checkpoint.lock(out), interruptible() as interrupted:
         saved = open_folder(setting, out, resume)
+        link_latest(out)
         follow = trackers(names, out, recipe.to_mapping())
         with Metrics(out / "metrics.jsonl") as metrics:
             loop = Loop(setting, out, metrics, follow, progress, watch)
@@ -225,6 +228,7 @@ class Loop:
                 self.out,
                 self.run,
                 tokenizer=self.setting.dataset.tokenizer,
+                export=partial(peft.save, self.run.model) if self.run.given else None,
                 validation_loss=validation_loss,
                 keep=self.recipe.checkpoint.keep,
                 keep_best=self.recipe.checkpoint.best,

@@ -6,7 +6,7 @@
 | `embedding` | look-up tables: tokens, positions |
 | `head` | the output layer's weight, also where an embedding is tied to it |
 | `vector` | anything of no or one dimension: norms, biases |
-| `adapter` | low-rank factors added to a weight (names with ``lora_``) |
+| `adapter` | factors that change a frozen weight (names with ``.adapters.``, or PEFT's ``lora_``) |
 | `objective` | parameters of the objective itself (names beginning with ``objective.``) |
 
 A tied table is a head because rules that treat the last layer apart (its gradient is dense and noisy, that of a plain
@@ -101,7 +101,7 @@ def guess_role(name: str, ndim: int) -> Role:
         return "objective"
     if ndim < 2:
         return "vector"
-    if "lora_" in name:
+    if ".adapters." in name or "lora_" in name:
         return "adapter"
     if is_head(path):
         return "head"

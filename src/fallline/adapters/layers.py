@@ -1,0 +1,310 @@
+"""Adapters on a model: on which layers, under which names, merged into the weights, and taken off again.
+
+A layer that gets an adapter changes its class and keeps everything else: its identity, hooks, and the names of its
+weights. So the state of the base model has the names it always had, with the adapters' beside them:
+
+    model.layers.0.self_attn.q_proj.weight
+    model.layers.0.self_attn.q_proj.adapters.default.lora_A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..catalog import find
+from ..errors import InputError, nearest
+from ..noise import rng
+from .base import Adapter
+
+ALL_LINEAR = "all-linear"
+
+
+class Adapted(nn.Module):
+    """A linear layer with adapters.
+
+    Attributes:
+        adapters: name → its parameters.
+        methods: name → the adapter, with the options of this layer.
+        active: names of those that are applied, in order.
+        merged: names of those that are in the weight.
+        kept: the weight from before the merge, where it is kept.
+    """
+
+    weight: Any
+    bias: Any
+    adapters: nn.ModuleDict
+    methods: dict[str, Adapter]
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    kept: Tensor | None
+    plain: ClassVar[type[nn.Module]]  # the class it had before
+
+    def matrix(self) -> Tensor:
+        """W [m, n], a view of `weight`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged or not self.active:
+            return F.linear(x, self.matrix(), self.bias)
+        first, *others = self.active
+        y = self.methods[first].linear(self.adapters[first], x, self.matrix, self.bias, self.training)
+        for name in others:
+            y = y + self.methods[name].apply(self.adapters[name], x, self.matrix, self.training)
+        return y
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    """`nn.Linear` with adapters."""
+
+    plain = nn.Linear
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.weight)
+
+
+class AdaptedConv1D(Adapted, Conv1D):
+    """GPT-2's linear layer, which stores Wᵀ, with adapters."""
+
+    plain = Conv1D
+
+    def matrix(self) -> Tensor:
+        return cast(Tensor, self.weight.t())
+
+
+KINDS: Mapping[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
+
+
+def attach(model: nn.Module, id: str, *, name: str = "default", seed: int = 0, **options: Any) -> Any:
+    """Put an adapter on a model, in place, and freeze everything else; the other adapters it has become inactive.
+
+    Args:
+        model: any module with `nn.Linear` or GPT-2's `Conv1D` layers.
+        id: the method, as `fallline methods` lists it.
+        name: of this adapter; a model can have several.
+        seed: of the initial values, with the layer's path.
+        options: the method's.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged.
+
+    Example:
+        >>> model = attach(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2)
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
+    """
+    module = find("adapter", id).load()
+    module.build(module.Config.from_mapping(options, f"adapter {id!r}")).attach(model, name=name, seed=seed)
+    return model
+
+
+def inject(model: nn.Module, adapter: Adapter, *, name: str, seed: int) -> None:
+    """`attach` with a built adapter."""
+    put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name)
+    for path, layer in adapted(model).items():
+        if name in layer.adapters:
+            adapter.init(layer.adapters[name], layer.matrix, rng(seed, 0, f"adapter/{path}"))
+
+
+def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
+    """Give the layers at these paths an adapter, its parameters zero, and make it the active one.
+
+    Raises:
+        InputError: the name is no name or taken, or the model is merged.
+    """
+    if not name.isidentifier():
+        raise InputError(f"an adapter's name is letters, digits and underscores, got {name!r}")
+    there = adapted(model)
+    if name in names(model):
+        raise InputError(f"the model has an adapter {name!r} already; choose another name, or remove it")
+    if any(layer.merged for layer in there.values()):
+        raise InputError("adapters are merged into the weights; unmerge or remove them first")
+    for path, method in chosen.items():
+        layer: Any = model.get_submodule(path)
+        if not isinstance(layer, Adapted):
+            layer.__class__ = KINDS[type(layer)]
+            layer.adapters, layer.methods = nn.ModuleDict(), {}
+            layer.active, layer.merged, layer.kept = (), (), None
+        W = layer.matrix()
+        P = nn.Module()
+        for key, shape in method.shapes(*W.shape).items():
+            P.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=wide(W), device=W.device)))
+        layer.adapters[name], layer.methods[name] = P, method
+    activate(model, name)
+
+
+def wide(W: Tensor) -> torch.dtype:
+    """The dtype of adapters on a weight: at least float32, their updates are small."""
+    return torch.promote_types(W.dtype, torch.float32)
+
+
+def select(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Paths of the layers that `targets` name, in the model's order.
+
+    Raises:
+        InputError: a target that names nothing, or something that is no linear layer; or there is no layer at all.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
+    linear = {path for path, m in modules.items() if can_adapt(m)}
+    chosen: set[str] = set()
+    for target in targets:
+        if target == ALL_LINEAR:
+            foreign = next((p for p, m in modules.items() if isinstance(m, nn.Linear) and not can_adapt(m)), None)
+            if foreign is not None:
+                kind = type(modules[foreign]).__name__
+                raise InputError(f"{foreign} is a {kind}, which cannot have an adapter; name the targets instead")
+            chosen |= {path for path in linear if modules[path] is not head}
+            continue
+        found = {p for p in modules if p == target or p.endswith(f".{target}") or fnmatchcase(p, target)}
+        if not found & linear:
+            if found:
+                first = min(found)
+                what = f"{first} is a {type(modules[first]).__name__}, adapters go on linear layers"
+            else:
+                what = nearest(target, {p.rpartition(".")[2] for p in linear})
+            raise InputError(f"no linear layer is named {target!r}; {what}")
+        chosen |= found & linear
+    if not chosen:
+        raise InputError(f"{type(model).__name__} has no linear layer to put an adapter on")
+    return [path for path in modules if path in chosen]
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Whether a layer is of a kind that adapters go on; a subclass may compute something else."""
+    return type(module) in KINDS or isinstance(module, Adapted)
+
+
+def adapted(model: nn.Module) -> dict[str, Adapted]:
+    """Path → layer, of those that have adapters."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters of a model, in the order they came."""
+    return list(dict.fromkeys(name for layer in adapted(model).values() for name in layer.adapters))
+
+
+def given(model: nn.Module) -> frozenset[str]:
+    """Names in the state of an adapted model that are the base model's: no training changes them. Empty without
+    adapters."""
+    return frozenset(key for key in model.state_dict() if ".adapters." not in key) if names(model) else frozenset()
+
+
+def activate(model: nn.Module, *active: str) -> None:
+    """Apply these adapters, added up, and train them; all else is frozen. Without a name: the base model.
+
+    Raises:
+        InputError: no adapter of that name, or the model is merged.
+    """
+    known = names(model)
+    for name in active:
+        if name not in known:
+            raise InputError(f"the model has no adapter {name!r}; {nearest(name, known)}")
+    model.requires_grad_(False)
+    for layer in adapted(model).values():
+        if layer.merged:
+            raise InputError("adapters are merged into the weights; unmerge them first")
+        layer.active = tuple(name for name in active if name in layer.adapters)
+        for name in layer.active:
+            layer.adapters[name].requires_grad_(True)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the base model answers: a reference that shares the weights.
+
+    Raises:
+        InputError: the model is merged.
+    """
+    before = {layer: layer.active for layer in adapted(model).values()}
+    if any(layer.merged for layer in before):
+        raise InputError("adapters are merged into the weights; unmerge them first")
+    try:
+        for layer in before:
+            layer.active = ()
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, keep: bool = False) -> None:
+    """Add the active adapters into the weights, W ← W + ΔW, summed in at least float32 and rounded to W's dtype.
+
+    Args:
+        model: afterwards it computes as fast as without adapters.
+        keep: keep the old weights too, as much memory again, so that `unmerge` brings them back bit for bit.
+
+    Raises:
+        InputError: there is nothing to merge, or a weight is used elsewhere too (a tied head).
+    """
+    layers = {path: layer for path, layer in adapted(model).items() if layer.active and not layer.merged}
+    if not layers:
+        raise InputError("there is no active adapter to merge")
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(path)
+    for path, layer in layers.items():
+        others = [other for other in owners[id(layer.weight)] if other != path]
+        if others:
+            raise InputError(f"the weight of {path} is also that of {others[0]}: untie them before merging")
+    for layer in layers.values():
+        W = layer.matrix()
+        delta = sum(layer.methods[n].delta(layer.adapters[n], layer.matrix) for n in layer.active)
+        layer.kept = layer.weight.detach().clone() if keep else None
+        W.copy_(W.to(wide(W)) + cast(Tensor, delta))
+        layer.merged = layer.active
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Bring back the weights from before `merge`, bit for bit.
+
+    Raises:
+        InputError: nothing is merged, or the weights were not kept: subtracting would not bring back the same bits.
+    """
+    layers = [layer for layer in adapted(model).values() if layer.merged]
+    if not layers:
+        raise InputError("there is nothing to unmerge")
+    if any(layer.kept is None for layer in layers):
+        raise InputError("the weights from before were not kept: merge with keep=True")
+    for layer in layers:
+        layer.weight.copy_(cast(Tensor, layer.kept))
+        layer.kept, layer.merged = None, ()
+
+
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter off, or all: layers without one are plain again. What is merged stays in the weights.
+
+    Raises:
+        InputError: no adapter of that name, or it is one of those that are merged.
+    """
+    gone = names(model) if name is None else [name]
+    for n in gone:
+        if n not in names(model):
+            raise InputError(f"the model has no adapter {n!r}; {nearest(n, names(model))}")
+    for layer in adapted(model).values():
+        if name is not None and layer.merged:
+            raise InputError("adapters are merged into the weights; unmerge them first, or remove all")
+        for n in gone:
+            if n in layer.adapters:
+                del layer.adapters[n], layer.methods[n]
+        layer.active = tuple(n for n in layer.active if n not in gone)
+        if not layer.adapters:
+            plain = layer.plain
+            for attribute in ("adapters", "methods", "active", "merged", "kept"):
+                delattr(layer, attribute)
+            layer.__class__ = plain  # type: ignore[assignment]

@@ -1,0 +1,38 @@
+"""No adapter: every parameter of the model is trained.
+
+It is what a recipe without the key `adapter` means, and what adapters are compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..catalog import Card
+from ..options import Options
+
+CARD = Card(
+    id="none",
+    kind="adapter",
+    summary="No adapter: every parameter of the model is trained (full fine-tuning, or training from scratch).",
+    equation="W ← W − update",
+    checked="the model is left as it is",
+    tags=("full fine-tuning",),
+)
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """No options."""
+
+
+class NoAdapter:
+    """Leaves the model as it is."""
+
+    def attach(self, model: nn.Module, *, name: str = "default", seed: int = 0) -> None:
+        pass
+
+
+def build(config: Config) -> NoAdapter:
+    return NoAdapter()

@@ -1,0 +1,77 @@
+"""A frozen linear layer and a low-rank one beside it, as one operation.
+
+    y = x Wᵀ + b + s (x Aᵀ) Bᵀ
+
+    ∂L/∂x = g W + s (g B) A,   ∂L/∂A = s (g B)ᵀ x,   ∂L/∂B = s gᵀ (x Aᵀ),   g = ∂L/∂y
+
+W's own gradient [m, n] is never formed, and the low-rank part is added into the result of the large product instead of
+going through buffers of its own. Saved for the backward: x (the layers that share an input share it) and x Aᵀ.
+
+Shapes: x [..., n], W [m, n], b [m], A [r, n], B [m, r], y [..., m].
+
+Cost: 4 T n m + 6 T r (n + m) floating-point operations for T tokens, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ, for a weight and bias that are not trained.
+
+    Args:
+        x: [..., n]; in autocast, or where A and B have another dtype than x, the products run in the narrower one.
+        W: [m, n], of any strides. bias: [m].
+        A: [r, n]. B: [m, r].
+        scale: s.
+
+    Returns:
+        [..., m], in the dtype of the products.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    x, W, A, B = (t.to(dtype) for t in (x, W, A, B))  # autograd casts the gradients of A and B back
+    bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale)
+    return y.view(*x.shape[:-1], len(W))
+
+
+def lora_linear_plain(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The same, written out: the reference."""
+    return torch.nn.functional.linear(x, W, bias) + scale * (x @ A.t()) @ B.t()
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`lora_linear` on x [T, n]. Its backward is made of differentiable operations, so it has a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        h = x @ A.t()
+        y.addmm_(h, B.t(), alpha=scale)
+        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad  # what no gradient needs is not kept alive
+        ctx.save_for_backward(x if need_a or need_b else None, W if need_x else None, A, B, h if need_b else None)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        dx = dA = dB = None
+        if need_x or need_a:
+            gB = (g @ B) * ctx.scale
+            if need_a:
+                dA = gB.t() @ x
+            if need_x:
+                dx = torch.addmm(g @ W, gB, A)
+        if need_b:
+            if torch.is_grad_enabled():  # to be differentiated again: h depends on x and A
+                h = x @ A.t()
+            dB = (g.t() @ h) * ctx.scale
+        return dx, None, None, dA, dB, None
