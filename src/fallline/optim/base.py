@@ -106,8 +106,12 @@ class Named(torch.optim.Optimizer):
         self._kept = {name: copied(values) for name, values in state_dict["kept"].items()}
 
     def _check_saved(self, state_dict: Mapping[str, Any], here: Mapping[str, nn.Parameter]) -> None:
-        if state_dict.get("rule") != self.rule:
-            raise InputError(f"the saved optimizer state is of {state_dict.get('rule')!r}, this is {self.rule!r}")
+        if "rule" not in state_dict:
+            raise InputError(
+                "the saved state is not of an optimizer of Fallline; resume with the optimizer that it was saved by"
+            )
+        if state_dict["rule"] != self.rule:
+            raise InputError(f"the saved optimizer state is of {state_dict['rule']!r}, this is {self.rule!r}")
         saved: dict[str, Role] = {name: group["role"] for group in state_dict["groups"] for name in group["params"]}
         for name, role in saved.items():
             if name not in here:

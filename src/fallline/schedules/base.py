@@ -102,8 +102,12 @@ class ScaledLR(LRScheduler):
         """Continue after `t` updates: the groups' rates are set at once.
 
         Raises:
-            InputError: the state is of another number of groups.
+            InputError: the state is of another library's schedule, or of another number of groups.
         """
+        if "t" not in state_dict:
+            raise InputError(
+                "the saved state is not of a schedule of Fallline; resume with the schedule that it was saved by"
+            )
         saved = state_dict["base_lrs"]
         if len(saved) != len(self.base_lrs):
             raise InputError(f"the saved schedule is of {len(saved)} parameter groups, here are {len(self.base_lrs)}")
