@@ -43,3 +43,11 @@ def fallline(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Itera
     launcher = Launcher(tmp_path_factory.mktemp("launcher"))
     yield launcher
     launcher.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2(own_cache: Path) -> Path:
+    """The folder of the model `smollm2-135m-instruct`, fetched and converted once; for slow tests."""
+    from fallline.models.smollm2_135m_instruct import folder
+
+    return folder()

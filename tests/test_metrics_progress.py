@@ -187,13 +187,6 @@ def test_names_are_checked(tmp_path: Path) -> None:
         trackers([missing], tmp_path, {})
 
 
-def test_without_accelerate_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(InputError, match=r"pip install 'fallline\[trackers\]'"):
-        trackers(["tensorboard"], tmp_path, {})
-    trackers([], tmp_path, {})(record(1))
-
-
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fallline.contracts import Draw
-from fallline.data.packed import PackedSource, pack, whole_rows
+from fallline.data.packed import PackedSource, pack, pack_whole, whole_rows
 from fallline.errors import InputError
 from fallline.noise import rng
 
@@ -168,3 +168,58 @@ def test_rows_of_a_source_that_packs_nothing() -> None:
     draw = whole_rows(None, torch.tensor([4, 2]))
     assert draw.ids.tolist() == [4, 2]
     assert draw.row is None
+
+
+# examples that stay whole
+
+
+def best_fit(sizes: list[int], order: list[int], length: int) -> list[list[int]]:
+    """Rows of example numbers: each longest one left goes where it leaves the least room, among equals the newest."""
+    rows: list[tuple[int, list[int]]] = []  # in the order in which their room was last changed
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], order[i])):
+        fitting = [(length - sum(sizes[j] for j in row) - sizes[i], -at) for at, (_, row) in enumerate(rows)]
+        room, at = min(((room, at) for room, at in fitting if room >= 0), default=(0, 1))
+        rows.append((room, [*rows.pop(-at)[1], i] if at < 1 else [i]))
+    return sorted((row for _, row in rows), key=lambda row: order[row[0]])
+
+
+def whole(sizes: list[int], seed: int) -> tuple[PackedSource, list[Piece], list[bool], list[int], int]:
+    draw = random.Random(seed)
+    length = max(sizes) + draw.randint(0, 9)
+    tokens = np.arange(sum(sizes), dtype=np.uint32) * 3 + 5
+    asked = np.array([draw.random() < 0.6 for _ in tokens])
+    start = np.cumsum(sizes) - sizes
+    order = draw.sample(range(10**6), len(sizes))
+    source = pack_whole(tokens, asked, start, np.array(sizes), np.array(order), length, PAD)
+    pieces = [tokens[s : s + n].tolist() for s, n in zip(start, sizes, strict=True)]
+    return source, pieces, asked.tolist(), order, length
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whole_examples_by_best_fit(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.choice([1, 2, 3, 7, draw.randint(1, 30)]) for _ in range(draw.randint(1, 60))]
+    source, pieces, asked, order, length = whole(sizes, seed)
+    rows = best_fit(sizes, order, length)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    expected = reference_batch([[pieces[i] for i in row] for row in rows], length)
+    label = dict(zip((t for p in pieces for t in p), asked, strict=True)) | {-100: False}
+    expected["labels"] = [[t if label[t] else -100 for t in row] for row in expected["labels"]]
+    assert call(source, whole_rows(source.rows, torch.arange(len(rows)))) == expected
+
+
+def test_whole_examples_fill_rows_and_mix_lengths() -> None:
+    draw = random.Random(0)
+    sizes = [draw.randint(3, 100) for _ in range(3000)]
+    source, *_ = whole([*sizes, 256], 0)
+    rows = len(source.rows) - 1
+    assert sum(sizes) > 0.97 * rows * source.length
+    longest = [int(source.size[first]) for first in source.rows[:-1]]  # the first of a row
+    half = rows // 2
+    assert abs(sum(longest[:half]) / half - sum(longest[half:]) / (rows - half)) < 10, "not the long ones first"
+
+
+def test_whole_examples_that_are_none() -> None:
+    none = np.zeros(0, np.int64)
+    source = pack_whole(np.zeros(9, np.uint32), np.ones(9, bool), none, none, none, 8, PAD)
+    assert (len(source), source.rows.tolist()) == (0, [0])

@@ -11,27 +11,19 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..folders import cache_dir, cache_errors
 
 Bytes = NDArray[np.uint8]
 
 _MAGIC = b"fallline"
 _HEADER = struct.Struct("<8sQ32s16x")  # 64 bytes, so that the payload is aligned for every dtype
-
-
-def cache_dir() -> Path:
-    """Where entries are kept: `FALLLINE_CACHE`, else `fallline` below `XDG_CACHE_HOME`, else ``~/.cache/fallline``."""
-    own, shared = os.environ.get("FALLLINE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "fallline"
 
 
 def cached(name: str, make: Callable[[], Iterable[bytes]]) -> Bytes:
@@ -48,7 +40,7 @@ def cached(name: str, make: Callable[[], Iterable[bytes]]) -> Bytes:
         InputError: the cache folder cannot be read or written.
     """
     path = cache_dir() / name
-    with _refusal():
+    with cache_errors():
         found = _read(path)
         if found is None:
             _write(path, make())
@@ -61,17 +53,6 @@ def cached(name: str, make: Callable[[], Iterable[bytes]]) -> Bytes:
 def cache_name(kind: str, *parts: object) -> str:
     """A name for an entry that depends on all of `parts`."""
     return f"{kind}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
-
-
-@contextmanager
-def _refusal() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"cannot use the cache folder {cache_dir()}: {reason}; set FALLLINE_CACHE to a folder with space to write"
-        ) from None
 
 
 def _read(path: Path) -> Bytes | None:

@@ -8,6 +8,9 @@ piece is an example: it sees neither its neighbours in the row nor the rest of i
     segment │ 2 2 3 3 3 3 3 3 │    positions │ 0 1 0 1 2 3 4 5 │    labels │ b · c c c c c · │
 
 Cost of a draw: a few vectorised numpy calls on its tokens, read from a memory map.
+
+Examples that must stay whole are put into rows by best fit instead (`pack_whole`), which leaves padding at the end of
+rows; there, `asked` says which tokens are labels.
 """
 
 from __future__ import annotations
@@ -36,9 +39,10 @@ class PackedSource:
         tokens: [T] all documents' token ids.
         start: [pieces] int64, where each piece begins in `tokens`.
         size: [pieces] int64, its length, 1 … `length`.
-        rows: [rows + 1] int64: packed row r holds the pieces rows[r] … rows[r + 1] − 1 and is exactly full.
+        rows: [rows + 1] int64: packed row r holds the pieces rows[r] … rows[r + 1] − 1, together at most `length`.
         length: L, tokens in a row.
         pad: token id for what a draw leaves empty.
+        asked: [T] bool, whether a token is a label, of the position before it in its piece; None: all are.
     """
 
     tokens: NDArray[Any]
@@ -47,6 +51,7 @@ class PackedSource:
     rows: Tensor
     length: int
     pad: int
+    asked: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -56,8 +61,9 @@ class PackedSource:
 
         Returns:
             int64 columns [R, L]: `input_ids`; `labels`, the token after each one in its piece, −100 at the piece's
-            last; `position_ids` from 0 in every piece; `segment`, the index of the piece in this draw. Padding has
-            label −100 and segment −1, and its positions count on, so that no document seems to begin there.
+            last and where that token is not asked; `position_ids` from 0 in every piece; `segment`, the index of the
+            piece in this draw. Padding has label −100 and segment −1, and its positions count on, so that no document
+            seems to begin there.
 
         Raises:
             InputError: the pieces of a row are longer than the row.
@@ -73,9 +79,10 @@ class PackedSource:
 
         piece = np.repeat(np.arange(len(ids)), size)
         within = np.arange(len(piece)) - first[piece]
-        tokens = self.tokens[start[piece] + within].astype(np.int64)
+        at = start[piece] + within
+        tokens = self.tokens[at].astype(np.int64)
         labels = np.full(len(tokens), IGNORE, np.int64)
-        labels[:-1] = tokens[1:]
+        labels[:-1] = tokens[1:] if self.asked is None else np.where(self.asked[at[1:]], tokens[1:], IGNORE)
         labels[first + size - 1] = IGNORE
         last = np.zeros(shape[0], np.int64)
         last[row] = column  # of the pieces in a row, the last one stays
@@ -139,3 +146,46 @@ def pack(
         length=length,
         pad=pad,
     )
+
+
+def pack_whole(
+    tokens: NDArray[Any],
+    asked: NDArray[np.bool_],
+    start: NDArray[np.int64],
+    size: NDArray[np.int64],
+    order: NDArray[np.int64],
+    length: int,
+    pad: int,
+) -> PackedSource:
+    """Put examples into rows without cutting any, by best fit: longest first, each where the least room is left over.
+
+    Cost: one step of plain Python an example, and sorting.
+
+    Args:
+        tokens, asked: [T], see `PackedSource`.
+        start, size: [examples], where each begins in `tokens` and how many it has, 1 … `length`.
+        order: [examples], decides among equals, and by each row's first example the order of the rows; to be as good as
+            random.
+        length: L, tokens in a row.
+        pad: token id for padding.
+    """
+    rows: list[list[int]] = []
+    having: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room left in them
+    rooms = 0  # bit r: `having[r]` is not empty
+    for example in np.lexsort((order, -size)).tolist():
+        need = int(size[example])
+        if enough := rooms >> need:
+            room = need + (enough & -enough).bit_length() - 1
+            row = having[room].pop()
+            if not having[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = length, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        having[room - need].append(row)
+        rooms |= 1 << (room - need)
+    rows.sort(key=lambda row: int(order[row[0]]))
+    chosen = np.array([example for row in rows for example in row], np.int64)
+    ends = np.cumsum([0, *map(len, rows)])
+    return PackedSource(tokens, start[chosen], size[chosen], torch.from_numpy(ends), length, pad, asked)

@@ -9,12 +9,8 @@ Cost: the files are read and hashed whole at every start; their tokens are cache
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +19,7 @@ from ..errors import InputError
 from ..options import option
 from .dataset import DataOptions, Dataset, make_dataset
 from .documents import Document
+from .files import find_files, read_text
 
 CARD = Card(
     id="text",
@@ -66,15 +63,11 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
 
 def read(paths: tuple[str, ...]) -> Iterator[Document]:
     """The documents of all files that `paths` name, each once, in the order of `paths` and then by name."""
-    seen = set()
-    for named in paths:
-        for id, path in _files(named):
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                text = _text(path)
-                if not text.strip() and path == Path(named).expanduser():
-                    raise InputError(f"{_WHAT}: the file {path} is empty or blank")
-                yield from sections(id, text)
+    for file in find_files(paths, ("txt", "md"), _WHAT):
+        text = read_text(file.path, _WHAT)
+        if not text.strip() and file.itself:
+            raise InputError(f"{_WHAT}: the file {file.path} is empty or blank")
+        yield from sections(file.id, text)
 
 
 def sections(id: str, text: str) -> Iterator[Document]:
@@ -89,39 +82,3 @@ def sections(id: str, text: str) -> Iterator[Document]:
             end = len(text)
         yield Document(f"{id}#{number}", text[start:end])
         start, number = end, number + 1
-
-
-def _files(named: str) -> list[tuple[str, Path]]:
-    """(id, file) of what one entry of `path` names, sorted by id."""
-    path = Path(named).expanduser()
-    if os.path.isfile(path):  # unlike Path.is_file, False for whatever cannot be asked
-        return [(path.name, path)]
-    if os.path.isdir(path):
-        root, patterns = path, [f"{glob.escape(str(path))}/**/*.{ending}" for ending in ("txt", "md")]
-    elif glob.has_magic(named):
-        root, patterns = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts)), [str(path)]
-    else:
-        raise InputError(f"{_WHAT}: there is no file or folder {named!r} (from {Path.cwd()})")
-    found = {Path(name) for pattern in patterns for name in glob.iglob(pattern, recursive=True)}
-    files = sorted((file.relative_to(root).as_posix(), file) for file in found if os.path.isfile(file))
-    if not files:
-        sought = "*.txt or *.md file in the folder" if os.path.isdir(path) else "file that matches"
-        raise InputError(f"{_WHAT}: there is no {sought} {named!r} (from {Path.cwd()})")
-    return files
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{_WHAT}: cannot read {path}: {error.strerror}") from None
-    wrong = raw.find(b"\0")
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        wrong = error.start if wrong < 0 else min(wrong, error.start)
-    if wrong >= 0:
-        raise InputError(
-            f"{_WHAT}: {path} is not UTF-8 text: byte 0x{raw[wrong]:02x} at offset {wrong}; convert or remove it"
-        )
-    return text.removeprefix("\ufeff")

@@ -47,7 +47,7 @@ def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> T
         config: the recipe, shown by the tracker as the run's hyper-parameters.
 
     Raises:
-        InputError: Accelerate or the tracker's package is missing, the name is unknown, or the tracker does not start.
+        InputError: the tracker's package is missing, the name is unknown, or the tracker does not start.
     """
     if not names or rank() != 0:
         return Trackers({})
@@ -69,16 +69,14 @@ def check_trackers(names: Sequence[str]) -> dict[str, Any]:
     """Name → Accelerate's class of each tracker; nothing is started.
 
     Raises:
-        InputError: Accelerate or the tracker's package is missing, or the name is unknown.
+        InputError: the tracker's package is missing, or the name is unknown.
     """
     if not names:
         return {}
-    try:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-        from accelerate.utils import LoggerType
-    except ImportError:
-        raise InputError(f"tracker {names[0]!r} needs 🤗 Accelerate: pip install 'fallline[trackers]'") from None
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
     PartialState()  # its trackers ask this whether to log
     installed = {str(t) for t in get_available_trackers()}
     for name in names:
