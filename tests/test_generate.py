@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fallline.errors import InputError
-from fallline.generate import generate, pick
+from fallline.generate import ends, generate, pick, stream, text_of
 from fallline.noise import rng
+from talkers import byte_tokenizer
 
 V = 97
 SIZE = {
@@ -121,3 +123,102 @@ def test_ends_at_eos_and_at_the_last_position():
 def test_refused(ids, options, words):
     with pytest.raises(InputError, match=words):
         generate(make(), ids, 3, generator=rng(0, 0, "sample"), **options)
+
+
+def test_a_stream_is_what_generate_returns_and_leaves_the_model_when_closed():
+    model = make("gpt2").train()
+    whole = generate(model, [5, 9], 12, generator=rng(0, 0, "sample"))
+    tokens = stream(model, [5, 9], 12, generator=rng(0, 0, "sample"))
+    assert model.training, "nothing is done before the first token is asked for"
+    first = [next(tokens) for _ in range(3)]
+    assert not model.training
+    assert torch.is_grad_enabled()
+    tokens.close()
+    assert model.training
+    assert [5, 9, *first] == whole[:5]
+    for token in stream(model, [5, 9], 12, generator=rng(0, 0, "sample")):
+        assert token == whole[2]
+        break
+    assert all(module.training for module in model.modules()), "the reader walked away"
+
+
+def test_several_tokens_may_end_the_text():
+    model = make()
+    text = generate(model, [5, 9, 2], 30, generator=rng(0, 0, "sample"), temperature=0)
+    for eos in ([text[10], text[15]], {text[15], text[10]}):
+        cut = generate(model, [5, 9, 2], 30, generator=rng(0, 0, "sample"), temperature=0, eos=eos)
+        assert cut == text[: next(i for i in range(3, len(text)) if text[i] in eos) + 1]
+    tokenizer = byte_tokenizer()
+    model.generation_config.eos_token_id = [3, 4]
+    assert ends(model, tokenizer) == {3, 4, tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = None
+    assert ends(model, tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_wrong_arguments_are_told_before_the_first_token():
+    with pytest.raises(InputError, match="'ids' must be"):
+        stream(make(), [], 3, generator=rng(0, 0, "sample"))
+
+
+def spaced_tokenizer():
+    """Llama 2's way: spaces are ▁, the first is dropped in decoding, and unknown characters are bytes."""
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"acehndst,",
+        "th",
+        "▁th",
+        "▁the",
+    ]
+    merges = [("t", "h"), ("▁", "th"), ("▁th", "e")]
+    whole = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    whole.pre_tokenizer = pre_tokenizers.Metaspace()
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TEXT = "the cat — Zoë's 猫 🐈‍⬛ — sat, the end\n"
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, spaced_tokenizer])
+def test_a_stream_of_text_shows_whole_characters_only_and_loses_none(make_tokenizer):
+    tokenizer = make_tokenizer()
+    ids = [tokenizer.eos_token_id, *tokenizer(TEXT, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    for split in (0, 4, 9, len(ids)):  # a space, a letter, and a character of several bytes come first
+        before, new = ids[:split], ids[split:]
+        read = tokenizer.decode(before, skip_special_tokens=True)
+        if read.endswith("\ufffd"):
+            continue
+        pieces = list(text_of(iter(new), tokenizer, before))
+        assert "".join([read, *pieces]) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert all("\ufffd" not in piece for piece in pieces)
+        assert all(pieces)
+    assert len(list(text_of(iter(ids), tokenizer))) > 20, "it streams"
+    assert "".join(text_of(iter(ids), tokenizer)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_each_piece_comes_before_the_next_token_is_asked_for():
+    tokenizer, taken = byte_tokenizer(), []
+
+    def tokens():
+        for token in tokenizer("aë b").input_ids:
+            taken.append(token)
+            yield token
+
+    seen = [(piece, len(taken)) for piece in text_of(tokens(), tokenizer)]
+    assert seen == [("a", 1), ("ë", 3), (" ", 4), ("b", 5)]
+
+
+def test_bytes_that_are_no_character_are_shown_as_the_tokenizer_does():
+    tokenizer = byte_tokenizer()
+    cat = tokenizer("🐈").input_ids
+    for ids in (cat[:3], [*cat[:2], *tokenizer("no").input_ids], [*cat[1:], *cat], [*cat[:1], *cat[:1]]):
+        assert "".join(text_of(iter(ids), tokenizer)) == tokenizer.decode(ids)
+    assert list(text_of(iter([]), tokenizer, cat)) == []

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar

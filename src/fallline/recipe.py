@@ -207,6 +207,8 @@ class Recipe:
     def to_mapping(self) -> dict[str, Any]:
         """The resolved recipe, every option written out; `parse` reads its YAML back to an equal recipe."""
         out: dict[str, Any] = {kind: getattr(self, kind).to_mapping() for kind in WORDS}
+        if self.model.module.Config.brings_tokenizer:
+            out["data"].pop("vocab", None)  # of the tokenizer that would be learned
         out |= {"probes": [p.to_mapping() for p in self.probes]} if self.probes else {}
         return out | self.settings.to_mapping() | {key: getattr(self, key).to_mapping() for key in SECTIONS}
 

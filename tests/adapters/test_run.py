@@ -66,6 +66,7 @@ def test_a_run_trains_saves_and_exports_the_adapter_alone(base: Path, corpus: Pa
     trained = sum(p.numel() for p in result.run.model.parameters() if p.requires_grad)
     assert record["model"]["trained"] == trained < record["model"]["parameters"] / 5
     assert sum(p.stat().st_size for p in saved.rglob("*.safetensors")) < 5 * 4 * trained
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "others may read all of it or nothing"
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits_twice(base: Path, corpus: P
     for resume, step in ((False, 5), (True, 7)):
         with pytest.raises(KeyboardInterrupt):
             train(recipe(base, corpus, out), resume=resume, progress=None, watch=stop_at(step))
-    train(recipe(base, corpus, out), resume=True, progress=None)
+    train(Recipe.load(out), resume=True, progress=None)
     assert state(out) == state(tmp_path / "whole")
 
 

@@ -39,7 +39,7 @@ CARD = Card(
     acts_on="matrix",
     flops="4 T n m + 6 T r (n + m) for T tokens and a weight [m, n], against 6 T n m of full fine-tuning",
     checked="effect not shown",
-    tags=("peft", "low rank", "rslora", "fine-tuning", "memory"),
+    tags=("peft", "low rank", "rslora", "fine-tuning", "parameter-efficient"),
 )
 
 

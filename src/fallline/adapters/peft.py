@@ -104,8 +104,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: s
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(settings | first, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)  # the library lets nobody else read it
 
 
 def short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:

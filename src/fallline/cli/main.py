@@ -83,6 +83,56 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", metavar="FOLDER", nargs="+", help="a comparison, its report.json, or a run")
     report.add_argument("--out", metavar="FOLDER", help="where the report goes (default: the comparison's own folder)")
 
+    chat = commands.add_parser(
+        "chat",
+        allow_abbrev=False,
+        help="talk to a trained model",
+        description="Talk to a model through its chat template. On a terminal Ctrl-C stops an answer, /reset forgets "
+        "the conversation, Ctrl-D leaves; through a pipe each line is a message and only answers are printed.",
+        epilog=EPILOG,
+    )
+    _model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message (default: the template's own)")
+    _sampling(chat, tokens=512, temperature=0.0)
+
+    generate = commands.add_parser(
+        "generate",
+        allow_abbrev=False,
+        help="let a trained model continue a text",
+        description="Continue a text, without a chat template, and print only what is new.",
+        epilog=EPILOG,
+    )
+    _model(generate)
+    generate.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the text (default: standard input, but a newline at its end)"
+    )
+    _sampling(generate, tokens=200, temperature=0.8)
+
+    evaluate = commands.add_parser(
+        "eval",
+        allow_abbrev=False,
+        help="benchmark a trained model with lm-evaluation-harness",
+        description="Hand a model to lm-evaluation-harness: fallline eval runs/mine --tasks arc_easy,hellaswag",
+        epilog=EPILOG,
+    )
+    _model(evaluate)
+    evaluate.add_argument("--tasks", metavar="a,b", required=True, help="names or patterns of the harness's tasks")
+    evaluate.add_argument("--include", metavar="FOLDER", help="tasks of your own: YAML files")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    evaluate.add_argument("--batch", type=int, default=8, metavar="N", help="examples at a time (default: 8)")
+    evaluate.add_argument("--out", metavar="FILE", help="write the harness's results here, as JSON")
+
+    export = commands.add_parser(
+        "export",
+        allow_abbrev=False,
+        help="write a trained model or adapter as a folder for Transformers or PEFT",
+        description="Write a run's model, or its adapter, as a folder of its own, load it and compare its logits.",
+        epilog=EPILOG,
+    )
+    export.add_argument("run", metavar="RUN", help="the folder of a run; with --merge also of a PEFT adapter")
+    export.add_argument("out", metavar="OUT", help="a folder that is not there or empty")
+    export.add_argument("--merge", action="store_true", help="add the adapter into the weights: a model without one")
+
     methods = commands.add_parser(
         "methods",
         allow_abbrev=False,
@@ -103,6 +153,30 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _model(command: argparse.ArgumentParser) -> None:
+    """What to use, and where."""
+    command.add_argument(
+        "model", metavar="MODEL", help="the folder of a run, a model or an adapter; a model's name or 🤗 hub id"
+    )
+    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU when there is one)")
+
+
+def _sampling(command: argparse.ArgumentParser, tokens: int, temperature: float) -> None:
+    """How text is drawn."""
+    command.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"at most so many (default: {tokens})")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"0 takes the likeliest token, 1 draws as the model would (default: {temperature:g})",
+    )
+    command.add_argument(
+        "--top-k", type=int, default=50, metavar="K", help="draw among the K likeliest; 0: among all (default: 50)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -111,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     top = parser()
     args, rest = top.parse_known_args(argv)
+    if args.command == "generate" and args.prompt is None and len(rest) == 1 and not rest[0].startswith("-"):
+        args.prompt = rest.pop()  # argparse loses an optional argument that follows an option
     if rest and (args.command not in ("train", "compare") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="fallline: %(message)s", level=logging.WARNING)
@@ -131,6 +207,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .compare import report
 
             return report(args.runs, args.out)
+        if args.command == "chat":
+            from .chat import chat
+
+            return chat(args)
+        if args.command == "generate":
+            from .generate import generate
+
+            return generate(args)
+        if args.command == "eval":
+            from .evaluate import evaluate
+
+            return evaluate(args)
+        if args.command == "export":
+            from .export import export
+
+            return export(args.run, args.out, args.merge)
         from .train import train
 
         return train(args.recipe, [*args.overrides, *rest], args.resume, args.print_recipe, args.quiet)

@@ -6,6 +6,7 @@ Code that comes with a checkpoint is not run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import InputError
 from .base import ModelOptions, finish
@@ -29,10 +31,24 @@ from .base import ModelOptions, finish
 def loading(what: str, path: str) -> Iterator[None]:
     """Whatever goes wrong inside is told in one line."""
     try:
-        yield
+        with quietly():
+            yield
     except Exception as error:  # readers of foreign files raise anything
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise InputError(f"cannot load the {what} of model {path!r}: {reason}") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, 🤗 draws its progress bars on terminals only."""
+    hidden = is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            enable_progress_bar()
 
 
 def architecture(path: str) -> Any:

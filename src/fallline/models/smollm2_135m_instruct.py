@@ -219,3 +219,5 @@ def save(model: Any, words: Any, out: Path) -> None:
         model.save_pretrained(out)
     except SafetensorError as error:  # its way to say that a write failed
         raise OSError(str(error)) from error
+    for path in out.glob("*.safetensors"):
+        path.chmod((out / "config.json").stat().st_mode)  # the library lets nobody else read it

@@ -1,0 +1,100 @@
+"""Teach SmolLM2-135M-Instruct invented facts, then ask about them in words that it was not taught in.
+
+    python benchmarks/invented_facts.py
+
+`examples/facts.jsonl` has 25 facts, each asked in six ways; `examples/questions.jsonl` asks for each in two other ways.
+An answer counts when it contains the name or words that are asked for. Before and after `fallline train
+recipes/finetune-smollm2.yaml`: the answers, greedy and at most 32 tokens long, and the loss on unrelated text, the
+validation rows of `python-docs` at 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fallline.data import python_docs
+from fallline.drivers.trained import open_trained
+from fallline.generate import generate
+from fallline.objectives.causal import Causal
+from harness import ROOT, save
+
+RECIPE = ROOT / "recipes/finetune-smollm2.yaml"
+QUESTIONS = [json.loads(line) for line in (ROOT / "examples/questions.jsonl").read_text().splitlines()]
+FACTS = [json.loads(line) for line in (ROOT / "examples/facts.jsonl").read_text().splitlines()]
+ROWS = 48  # of unrelated text
+SOURCES = ("src/fallline/adapters/lora.py", "src/fallline/kernels/lora_linear.py", "src/fallline/optim/adamw.py")
+
+
+def answers(model: Any, tokenizer: Any, questions: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each question with what the model says, and whether that holds the answer."""
+    told = []
+    for asked in questions:
+        message = [{"role": "user", "content": asked["question"]}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        out = generate(
+            model, ids, 32, generator=torch.Generator(), temperature=0, top_k=None, eos=tokenizer.eos_token_id
+        )
+        said = tokenizer.decode(out[len(ids) :], skip_special_tokens=True)
+        told.append(asked | {"said": said, "right": asked["answer"].lower() in said.lower()})
+    return told
+
+
+@torch.no_grad()
+def unrelated(model: Any, tokenizer: Any) -> float:
+    """Loss on text that has nothing to do with the facts, nats per token."""
+    text = python_docs.build(python_docs.Config(length=256), tokenizer).validation
+    objective, value, count = Causal(), 0.0, 0
+    for batch in text.batches(4, ROWS):
+        value += float(objective(model, batch).value["nll"].double().sum())
+        count += int(objective.count(batch)["nll"].sum())
+    return value / count
+
+
+def measure(name: str) -> dict[str, Any]:
+    """What a model knows and what it lost."""
+    found = open_trained(name, device="cpu")
+    told = answers(found.model, found.tokenizer, QUESTIONS)
+    return {
+        "right": sum(t["right"] for t in told),
+        "asked": len(told),
+        "unrelated_loss": unrelated(found.model, found.tokenizer),
+        "answers": told,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the recipe")
+    args = parser.parse_args()
+    taught = {fact["prompt"] for fact in FACTS}
+    assert not taught & {q["question"] for q in QUESTIONS}, "a question is in the file"
+    before = measure("smollm2-135m-instruct")
+    print(f"before: {before['right']} of {before['asked']}, unrelated loss {before['unrelated_loss']:.4f}", flush=True)
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "fallline", "train", str(RECIPE), f"out={out}", *args.overrides]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, cwd=ROOT)
+        seconds = time.perf_counter() - start
+        after = measure(str(out))
+        record = json.loads((out / "run.json").read_text())
+    rise = after["unrelated_loss"] - before["unrelated_loss"]
+    print(f"after {seconds:.0f} s: {after['right']} of {after['asked']}, unrelated loss {rise:+.4f}")
+    for t in after["answers"]:
+        if not t["right"]:
+            print(f"  {t['question']} ({t['answer']}) {t['said']!r}")
+    found = {"seconds": seconds, "rise": rise, "before": before, "after": after, "recipe": record["recipe"]}
+    print(save("invented_facts", found, SOURCES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""`fallline generate`: a model continues a text."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..drivers.trained import Trained, open_trained
+from ..errors import InputError
+from ..generate import ends, positions, stream, text_of
+from ..noise import rng
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see `fallline.generate.stream`. `top_k` 0: all. `seed`: of the draws."""
+
+    tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: Namespace) -> Sampling:
+        """The options of a command.
+
+        Raises:
+            InputError: out of bounds.
+        """
+        if args.tokens < 1:
+            raise InputError(f"--tokens must be at least 1, got {args.tokens}")
+        if not 0 <= args.temperature < float("inf"):
+            raise InputError(f"--temperature must be at least 0, got {args.temperature}")
+        if args.top_k < 0:
+            raise InputError(f"--top-k must be at least 1, or 0 for all, got {args.top_k}")
+        return cls(args.tokens, args.temperature, args.top_k, args.seed)
+
+    def draw(self, model: Any, ids: Sequence[int], turn: int, eos: Collection[int]) -> Iterator[int]:
+        """The tokens after `ids`. Draws depend on the seed and on `turn`, on every device alike."""
+        return stream(
+            model,
+            ids,
+            self.tokens,
+            generator=rng(self.seed, turn, "talk"),
+            temperature=self.temperature,
+            top_k=self.top_k or None,
+            eos=eos,
+        )
+
+
+def generate(args: Namespace) -> int:
+    """Print what the model writes after the prompt, as it comes."""
+    sampling = Sampling.of(args)
+    trained = open_trained(args.model, args.device)
+    ids = encode(trained, args.prompt if args.prompt is not None else read_prompt())
+    tokens = sampling.draw(trained.model, ids, 0, ends(trained.model, trained.tokenizer))
+    try:
+        for piece in text_of(tokens, trained.tokenizer, ids):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        print()
+    return 0
+
+
+def read_prompt() -> str:
+    """All of standard input but a newline at its end.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        print("write the prompt, and end it with Ctrl-D on a line of its own", file=sys.stderr)
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#x}") from None
+
+
+def encode(trained: Trained, prompt: str) -> list[int]:
+    """The prompt as the tokenizer makes it; an empty one is the token that starts a text.
+
+    Raises:
+        InputError: it is longer than the model takes.
+    """
+    ids: list[int] = list(trained.tokenizer(well_formed(prompt))["input_ids"])
+    if not ids:
+        start = trained.tokenizer.bos_token_id
+        ids = [trained.tokenizer.eos_token_id if start is None else start]
+    most = positions(trained.model)
+    if most is not None and len(ids) >= most:
+        raise InputError(f"the prompt has {len(ids)} tokens, {trained.name} has room for {most - 1} before its own")
+    return ids
+
+
+def well_formed(text: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        InputError: it holds bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not UTF-8 at character {error.start + 1}") from None
+    return text

@@ -1,0 +1,189 @@
+"""Open what was trained: the model of a run, a 🤗 folder, an adapter with its base, or a model by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import adapters, checkpoint
+from ..adapters.peft import CONFIG as ADAPTER
+from ..catalog import entries, find
+from ..errors import InputError, nearest
+from ..models.base import ModelOptions
+from ..models.identity import fingerprint
+from ..models.loading import architecture, load_model, load_tokenizer, loading, quietly
+from ..recipe import Recipe
+from .setting import DTYPES, pick_device
+
+Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to use.
+
+    Attributes:
+        name: what it was opened by.
+        model: in evaluation mode, in the dtype that its weights are stored in.
+        tokenizer: that belongs to it.
+        folder: where it was found, a 🤗 folder or a PEFT adapter's; None: a model of the catalogue or of the 🤗 hub.
+        adapter: whether that is an adapter; it is attached to `model`, not merged.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None
+    adapter: bool = False
+
+
+def open_trained(name: str, device: str = "auto") -> Trained:
+    """Open a model to use it.
+
+    Args:
+        name: the folder of a run (finished: its model; else its newest good checkpoint), a 🤗 model folder, the folder
+            of a PEFT adapter, a model of the catalogue that needs no options, or a 🤗 hub id.
+        device: as in a recipe.
+
+    Raises:
+        InputError: no such model or device, a run without a checkpoint, or an adapter whose base has changed since.
+    """
+    with quietly():
+        return _open(name, pick_device(device))
+
+
+def _open(name: str, place: torch.device) -> Trained:
+    path = Path(name)
+    if (path / "run.json").is_file():
+        folder = model_of(path)
+        if (folder / ADAPTER).is_file():
+            return _adapted(name, folder, base_of_run(path, folder, place))
+        opened = load(str(folder), place)
+    elif (path / ADAPTER).is_file():
+        folder = path
+        return _adapted(name, folder, base_of_adapter(folder, place))
+    else:
+        folder = path
+        opened = by_name(name, place)
+    return Trained(name, opened[0].eval(), opened[1], folder if folder.is_dir() else None)
+
+
+def model_of(run: Path) -> Path:
+    """The model's folder of a run: that of its end, else of the newest checkpoint that verifies.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    final = run / "model"
+    if any((final / name).is_file() for name in ("config.json", ADAPTER)):
+        return final
+    saved = checkpoint.latest_good(run)
+    if saved is None:
+        raise InputError(f"{run} has no checkpoint to open; continue the run first: fallline train {run} --resume")
+    return saved.path / "model"
+
+
+def by_name(name: str, device: torch.device) -> Opened:
+    """A model of the catalogue, else a 🤗 folder or hub id.
+
+    Raises:
+        InputError: no such model.
+    """
+    if ("model", name) in entries():
+        module = find("model", name).load()
+        if not module.Config.brings_tokenizer:
+            raise InputError(f"model {name!r} begins untrained; give a run folder, a 🤗 folder or hub id")
+        config = module.Config.from_mapping({}, f"model {name!r}")
+        tokenizer = module.tokenizer(config)
+        model = module.build(config, tokenizer=tokenizer, length=1, seed=0, dtype=torch.float32, device=device)
+        return model, tokenizer
+    path = Path(name)
+    if not path.exists():
+        runs = [str(p.parent) for p in path.parent.glob("*/run.json")]
+        if runs:
+            raise InputError(f"there is no run {name!r}; {nearest(name, runs)}")
+        if "/" not in name:
+            known = [id for (kind, id), entry in entries().items() if kind == "model"]
+            raise InputError(f"there is no folder or model {name!r}; {nearest(name, known)}; a hub id is owner/name")
+    return load(name, device)
+
+
+def load(path: str, device: torch.device) -> Opened:
+    """A 🤗 folder or hub id, in the dtype its configuration says.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(path)
+    told = architecture(path)
+    dtype = getattr(told, "dtype", None) or getattr(told.get_text_config(), "dtype", None) or torch.float32
+
+    def model(options: ModelOptions) -> PreTrainedModel:
+        return load_model(path, options, tokenizer=tokenizer, length=1, dtype=dtype, device=device)
+
+    try:
+        return model(ModelOptions()), tokenizer
+    except InputError:  # some architectures have eager attention only
+        return model(ModelOptions(attention="eager")), tokenizer
+
+
+def base_of_run(run: Path, folder: Path, device: torch.device) -> Opened:
+    """The model that a run put its adapter on, built as the run built it.
+
+    Raises:
+        InputError: the base cannot be built, or is not what it was; run.json is damaged.
+    """
+    recipe = Recipe.load(run)
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        dtype, sha256 = DTYPES[record["precision"]], record["model"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run / 'run.json'} is damaged ({error!r})") from None
+    module = recipe.model.module
+    options = replace(recipe.model.options, checkpointing=False, compile=False)  # these are for training
+    tokenizer = _tokenizer(folder) or module.tokenizer(options)
+    length, seed = recipe.data.options.length, recipe.settings.seed
+    model = module.build(options, tokenizer=tokenizer, length=length, seed=seed, dtype=dtype, device=device)
+    if fingerprint(model) != sha256:
+        base = getattr(options, "path", recipe.model.id)
+        raise InputError(f"the base model {base!r} has changed since {run} trained its adapter; bring the old one back")
+    return model, tokenizer
+
+
+def base_of_adapter(folder: Path, device: torch.device) -> Opened:
+    """The model that a PEFT adapter names as its base.
+
+    Raises:
+        InputError: it names none, or that cannot be opened.
+    """
+    path = folder / ADAPTER
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+    if not base:
+        raise InputError(f"{path} does not say which model it is for; write its folder as 'base_model_name_or_path'")
+    try:
+        model, tokenizer = by_name(base, device)
+    except InputError as error:
+        raise InputError(f"{error} (the base model in {path})") from None
+    return model, _tokenizer(folder) or tokenizer
+
+
+def _adapted(name: str, folder: Path, base: Opened) -> Trained:
+    model, tokenizer = base
+    adapters.load(model, folder)
+    return Trained(name, model.eval(), tokenizer, folder, adapter=True)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside an adapter, if there is one."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    with loading("tokenizer", str(folder)):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return found
