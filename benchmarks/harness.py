@@ -87,14 +87,16 @@ def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = LEAST_PAI
     }
 
 
-def peak_memory(script: str, names: Sequence[str], *options: str) -> dict[str, int]:
-    """Peak bytes of each contestant, each measured by ``script --peak NAME`` in a process of its own."""
-    peaks = {}
-    for name in names:
+def peak_memory(script: str, names: Sequence[str], *options: str, times: int = 1) -> dict[str, int]:
+    """Peak bytes of each contestant, each measured by ``script --peak NAME`` in a process of its own; of several
+    `times` the median, as what the allocator held before differs from process to process."""
+
+    def peak(name: str) -> int:
         command = [sys.executable, script, "--peak", name, *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[name] = int(done.stdout.split()[-1])
-    return peaks
+        return int(done.stdout.split()[-1])
+
+    return {name: int(statistics.median(peak(name) for _ in range(times))) for name in names}
 
 
 def peak_of(contestant: Callable[[], Any]) -> int:

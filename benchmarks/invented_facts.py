@@ -31,7 +31,24 @@ RECIPE = ROOT / "recipes/finetune-smollm2.yaml"
 QUESTIONS = [json.loads(line) for line in (ROOT / "examples/questions.jsonl").read_text().splitlines()]
 FACTS = [json.loads(line) for line in (ROOT / "examples/facts.jsonl").read_text().splitlines()]
 ROWS = 48  # of unrelated text
-SOURCES = ("src/fallline/adapters/lora.py", "src/fallline/kernels/lora_linear.py", "src/fallline/optim/adamw.py")
+SOURCES = tuple(
+    f"src/fallline/{name}.py"
+    for name in (
+        "adapters/lora",
+        "adapters/layers",
+        "kernels/lora_linear",
+        "data/jsonl",
+        "data/conversation",
+        "data/packed",
+        "objectives/causal",
+        "optim/adamw",
+        "schedules/linear",
+    )
+)
+
+LEAST_RIGHT, LONGEST, MOST_RISE = 0.9, 600, 0.4
+"""What is promised: the part of the questions that is answered, seconds for the whole command, and the rise of the
+unrelated loss in nats per token. The script fails where it is not kept."""
 
 
 def answers(model: Any, tokenizer: Any, questions: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -94,6 +111,15 @@ def main() -> None:
             print(f"  {t['question']} ({t['answer']}) {t['said']!r}")
     found = {"seconds": seconds, "rise": rise, "before": before, "after": after, "recipe": record["recipe"]}
     print(save("invented_facts", found, SOURCES))
+    kept = {
+        "the base model knows nothing": before["right"] == 0,
+        f"at least {LEAST_RIGHT:.0%} right": after["right"] >= LEAST_RIGHT * after["asked"],
+        f"within {LONGEST} s": seconds <= LONGEST,
+        f"unrelated loss up by at most {MOST_RISE}": rise <= MOST_RISE,
+    }
+    broken = [promise for promise, held in kept.items() if not held]
+    if broken:
+        raise SystemExit(f"not kept: {'; '.join(broken)}")
 
 
 if __name__ == "__main__":

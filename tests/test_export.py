@@ -114,12 +114,21 @@ def test_a_folder_that_computes_something_else_is_removed(
     assert left(tmp_path) == {"base", "run"}
 
 
-def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path, run: Path) -> None:
+def test_an_adapter_that_got_lost_is_no_rounding(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.TOLERANCE, torch.float32, 1.0)
+    monkeypatch.setattr(exporting.adapters, "merge", lambda model: None)
+    with pytest.raises(FalllineError, match="does not compute what"):
+        export(str(run), tmp_path / "out", merge=True)
+    assert left(tmp_path) == {"base", "run"}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, run: Path, merge: bool) -> None:
     with (run / "model" / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\1")
     with pytest.raises(InputError, match=r"adapter_model\.safetensors have changed"):
-        export(str(run), tmp_path / "out")
+        export(str(run), tmp_path / "out", merge=merge)
     assert left(tmp_path) == {"base", "run"}
 
 

@@ -59,7 +59,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  #
 
 
 def answer(folder: Path, prompt: str | list[dict[str, str]], turn: int = 0, tokens: int = 30, **options: float) -> str:
-    """What the model says after a text or a conversation, without any of the code that is tested."""
+    """What the model says after a text or a conversation, by `generate`, which has tests of its own."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
@@ -83,7 +83,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def test_generate_prints_what_is_new_and_nothing_else(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    options = ("--tokens", "30", "--temperature", "0")
+    options = ("--max-tokens", "30", "--temperature", "0")
     expected = answer(folder, "Once, Zoë") + "\n"
     for spoken in (
         say("generate", str(folder), "Once, Zoë", *options),
@@ -95,23 +95,31 @@ def test_generate_prints_what_is_new_and_nothing_else(folder: Path, say) -> None
 
 
 def test_generate_draws_by_the_seed(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    first = say("generate", str(folder), "a", "--tokens", "30", "--seed", "4", "--top-k", "5")
+    first = say("generate", str(folder), "a", "--max-tokens", "30", "--seed", "4", "--top-k", "5")
     assert first.out == answer(folder, "a", temperature=0.8, top_k=5, seed=4) + "\n"
-    assert say("generate", str(folder), "a", "--tokens", "30", "--seed", "5", "--top-k", "5").out != first.out
-    all_of_them = say("generate", str(folder), "a", "--tokens", "30", "--top-k", "0")
+    assert say("generate", str(folder), "a", "--max-tokens", "30", "--seed", "5", "--top-k", "5").out != first.out
+    all_of_them = say("generate", str(folder), "a", "--max-tokens", "30", "--top-k", "0")
     assert all_of_them.out == answer(folder, "a", temperature=0.8, top_k=len(byte_tokenizer())) + "\n"
 
 
 def test_generate_from_nothing(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    assert say("generate", str(folder), "", "--temperature", "0", "--tokens", "9").code == 0
+    start = AutoTokenizer.from_pretrained(folder).bos_token
+    spoken = say("generate", str(folder), "", "--temperature", "0", "--max-tokens", "9")
+    assert spoken.out == answer(folder, start, tokens=9) + "\n"
+
+
+def test_a_prompt_may_begin_with_a_dash(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
+    few = ("--temperature", "0", "--max-tokens", "9")
+    for argv in (("- a", *few), (*few, "- a"), (*few, "--", "- a")):
+        assert say("generate", str(folder), *argv).out == answer(folder, "- a", tokens=9) + "\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "stdin", "words"),
     [
-        (["x", "--tokens", "0"], b"", "--tokens must be at least 1, got 0"),
-        (["x", "--temperature", "-1"], b"", "--temperature must be at least 0, got -1.0"),
-        (["x", "--temperature", "nan"], b"", "--temperature must be at least 0, got nan"),
+        (["x", "--max-tokens", "0"], b"", "--max-tokens must be at least 1, got 0"),
+        (["x", "--temperature", "-1"], b"", "--temperature must be a finite number, at least 0, got -1.0"),
+        (["x", "--temperature", "nan"], b"", "--temperature must be a finite number, at least 0, got nan"),
         (["x", "--top-k", "-1"], b"", "--top-k must be at least 1, or 0 for all, got -1"),
         (["x" * POSITIONS], b"", f"the prompt has {POSITIONS} tokens, .* has room for {POSITIONS - 1} before its own"),
         ([], b"caf\xe9", "the prompt is not UTF-8: byte 4 is 0xe9"),
@@ -129,23 +137,23 @@ def test_generate_is_refused_in_one_line(folder: Path, say, argv: list[str], std
 
 
 def test_a_piped_conversation_remembers_until_it_is_reset(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    spoken = say("chat", str(folder), "--tokens", "30", stdin="Hello\nAnd you?\n\n/reset\nHello\n")
+    spoken = say("chat", str(folder), "--max-tokens", "30", stdin="Hello\nAnd you?\n\n/reset\nHello\n")
     first = answer(folder, [user("Hello")])
     second = answer(folder, [user("Hello"), assistant(first), user("And you?")])
     assert second != answer(folder, [user("And you?")]), "what was said before matters"
     assert (spoken.code, spoken.out) == (0, f"{first}\n{second}\n{first}\n")
-    assert spoken.err == ["the answer was cut after 30 tokens; --tokens sets how many it may have"] * 3
+    assert spoken.err == ["the answer was cut after 30 tokens; --max-tokens sets how many it may have"] * 3
 
 
 def test_the_system_message_comes_first(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    spoken = say("chat", str(folder), "--tokens", "30", "--system", "Be brief.", stdin="Hello\n/reset\nHello\n")
+    spoken = say("chat", str(folder), "--max-tokens", "30", "--system", "Be brief.", stdin="Hello\n/reset\nHello\n")
     expected = answer(folder, [{"role": "system", "content": "Be brief."}, user("Hello")])
     assert spoken.out == f"{expected}\n{expected}\n"
     assert expected != answer(folder, [user("Hello")])
 
 
 def test_answers_are_drawn_anew_each_turn(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
-    options = ("--tokens", "30", "--temperature", "2", "--seed", "3")
+    options = ("--max-tokens", "30", "--temperature", "2", "--seed", "3")
     spoken = say("chat", str(folder), *options, stdin="Hello\nHello\n")
     first = answer(folder, [user("Hello")], temperature=2.0, seed=3)
     second = answer(folder, [user("Hello"), assistant(first), user("Hello")], 1, temperature=2.0, seed=3)
@@ -154,7 +162,7 @@ def test_answers_are_drawn_anew_each_turn(folder: Path, say) -> None:  # type: i
 
 def test_the_oldest_turns_are_forgotten_when_they_no_longer_fit(folder: Path, say) -> None:  # type: ignore[no-untyped-def]
     long = "y" * 100
-    spoken = say("chat", str(folder), "--tokens", "30", stdin=f"Hello\n{long}\nHow?\n")
+    spoken = say("chat", str(folder), "--max-tokens", "30", stdin=f"Hello\n{long}\nHow?\n")
     first = answer(folder, [user("Hello")])
     second = answer(folder, [user("Hello"), assistant(first), user(long)])
     third = answer(folder, [user(long), assistant(second), user("How?")])
@@ -233,7 +241,7 @@ class Terminal:
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
     """A chat that answers at length."""
     save_model(tmp_path, byte_tokenizer(), positions=100_000)
-    opened = Terminal("chat", str(tmp_path), "--tokens", "90000")
+    opened = Terminal("chat", str(tmp_path), "--max-tokens", "90000")
     yield opened
     opened.process.kill()
     os.close(opened.fd)
@@ -246,7 +254,9 @@ def test_on_a_terminal_an_answer_is_stopped_and_the_conversation_goes_on(tmp_pat
     while len(terminal.seen) < 20:
         terminal.seen += os.read(terminal.fd, 4096)
     told = answer(tmp_path, [user("Hello")], tokens=40)
-    assert terminal.seen.decode(errors="ignore")[:10] == told.replace("\n", "\r\n")[:10], "it streams"
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", told).replace("\n", "\r\n")
+    assert shown != told, "the answer has control characters, which a terminal must not get"
+    assert terminal.seen.decode(errors="ignore")[:10] == shown[:10], "it streams"
     terminal.interrupt()
     terminal.until("\r\n> ")
     terminal.type("x<|im_end|>\n")
@@ -263,7 +273,7 @@ def test_on_a_terminal_an_answer_is_stopped_and_the_conversation_goes_on(tmp_pat
 @pytest.mark.slow
 def test_a_real_model_answers(smollm2: Path, say) -> None:  # type: ignore[no-untyped-def]
     questions = "What is the capital of France?\nAnd of Italy?\n"
-    spoken = say("chat", "smollm2-135m-instruct", "--tokens", "30", stdin=questions)
+    spoken = say("chat", "smollm2-135m-instruct", "--max-tokens", "30", stdin=questions)
     france, italy = spoken.out.splitlines()
     assert "Paris" in france
     assert "Rome" in italy

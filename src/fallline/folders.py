@@ -66,6 +66,15 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
+def readable(folder: Path) -> None:
+    """Let whoever may read other new files read weights too: the safetensors library keeps them to their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def _complete(path: Path) -> bool:
     try:
         sizes = json.loads((path / MANIFEST).read_bytes())

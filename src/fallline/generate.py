@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 
 
 def generate(
@@ -111,7 +111,9 @@ def pick(logits: Tensor, generator: torch.Generator, temperature: float, top_k: 
     if temperature == 0:
         return int(logits.argmax())
     values, tokens = logits.float().topk(min(top_k or len(logits), len(logits)))
-    chance = torch.softmax(values / temperature, 0).to(generator.device)
+    if not bool(values[0].isfinite()):
+        raise NonFiniteError("the model's logits are not finite; its weights are damaged, or its dtype is too narrow")
+    chance = torch.softmax((values - values[0]) / temperature, 0).to(generator.device)
     return int(tokens[int(torch.multinomial(chance, 1, generator=generator))])
 
 

@@ -217,7 +217,9 @@ class Recipe:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What in `other`, the stored mapping of an earlier recipe, would make this run another run, one line each."""
-        mine, theirs = flat(self.to_mapping()), flat(other)
+        mine = flat(self.to_mapping())
+        theirs = {f"{kind}.name": default for kind, default in WORDS.items() if default and kind not in other}
+        theirs |= {k: v for k, v in flat(other).items() if k != "data.vocab" or k in mine}  # earlier versions wrote it
         keys = [k for k in mine | theirs if k.split(".")[0] not in FREE and mine.get(k) != theirs.get(k)]
         return [f"{k} was {theirs.get(k, 'unset')!r}, is {mine.get(k, 'unset')!r}" for k in keys]
 

@@ -154,8 +154,7 @@ class Run:
         rates = [torch.as_tensor(group["lr"], dtype=torch.float64).clone() for group in self.optimizer.param_groups]
         for k, v in self.stateful().items():
             if k == "model" and k not in keep:
-                given = {name: t for name, t in v.state_dict().items() if name in self.given}
-                v.load_state_dict(given | state[k])
+                self._load_model(state[k])
             elif k not in keep:
                 v.load_state_dict(state[k])
         if "schedule" in keep:  # the rates are its doing: they stay with it
@@ -164,6 +163,13 @@ class Run:
                     group["lr"].copy_(rate)  # it may be held elsewhere too
                 else:
                     group["lr"] = rate.item()
+
+    def _load_model(self, state: Mapping[str, Tensor]) -> None:
+        """The model's state, all but what is `given`."""
+        found = self.model.load_state_dict(state, strict=not self.given)
+        wrong = [*found.unexpected_keys, *(set(found.missing_keys) - self.given)]
+        if wrong:
+            raise InputError(f"the saved state does not fit the model at {min(wrong)!r}")
 
     def remap(self, changes: Sequence[Change]) -> None:
         """The one door through which parameters come, go or change shape.
@@ -181,6 +187,7 @@ class Run:
                 if p is not None:
                     p.grad = None
         self.optimizer.remap(changes)
+        self.given -= {change.name for change in changes if change.new is not None}  # from now on they are trained
 
     def mark(self, name: str) -> None:
         """Ask to keep the state at the end of this step under `name`, to `rewind` to; it is part of the run's state."""

@@ -296,16 +296,18 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | 
 def plain_head(model: nn.Module, device: torch.device) -> bool:
     """Are the model's logits a plain linear map of what its decoder returns? Tried once per model, then remembered."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear:  # or it has an adapter now, which may be taken off again
+        return False
     if model not in _PLAIN:
         # a context of its own: what blocks tell the step while they run must not come from this forward
-        _PLAIN[model] = type(head) is nn.Linear and Context().run(_probe, model, head, device)
+        _PLAIN[model] = Context().run(_probe, model, head, device)
         if not _PLAIN[model]:
             logging.getLogger("fallline").warning(
                 "%s: logits are not a plain linear map of the decoder's output; the loss forms full logits",
                 type(model).__name__,
             )
-    # an adapter on the head, or a hook, came later: it changes what the head answers
-    return _PLAIN[model] and type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    # a hook that came later changes what the head answers
+    return _PLAIN[model] and not head._forward_hooks and not head._forward_pre_hooks
 
 
 @torch.no_grad()

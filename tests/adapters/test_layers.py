@@ -152,9 +152,11 @@ def test_what_cannot_be_merged_or_unmerged_is_refused() -> None:
     merge(other)
     with pytest.raises(InputError, match="merge with keep=True"):
         unmerge(other)
+    frozen = {name for name, p in other.named_parameters() if not p.requires_grad}
     for act in (lambda: attach(other, "lora", name="new"), lambda: activate(other, "default")):
         with pytest.raises(InputError, match="merged into the weights"):
             act()
+    assert {name for name, p in other.named_parameters() if not p.requires_grad} == frozen
 
 
 def test_removing_leaves_plain_layers() -> None:
@@ -189,8 +191,34 @@ def test_names_are_checked() -> None:
     model = attach(llama(), "lora")
     with pytest.raises(InputError, match="has an adapter 'default' already"):
         attach(model, "lora")
-    with pytest.raises(InputError, match=r"letters, digits and underscores, got 'a\.b'"):
+    with pytest.raises(InputError, match=r"letters, digits and underscores and no torch word, got 'a\.b'"):
         attach(model, "lora", name="a.b")
+    with pytest.raises(InputError, match="no torch word, got 'train'"):
+        attach(llama(), "lora", name="train")
+
+
+def test_layers_that_something_else_has_taken_over_are_refused() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = llama()
+    add_hook_to_module(model.model.layers[1].mlp.up_proj, ModelHook())
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj is offloaded, or its forward was replaced"):
+        attach(model, "lora")
+    assert not adapted(model)
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InputError, match="wraps a model; give the model itself"):
+        attach(torch.compile(llama()), "lora")
+
+
+def test_a_bias_or_weight_that_is_thawed_beside_the_adapter_is_trained() -> None:
+    model = attach(gpt2(), "lora", rank=2)
+    thawed = {name: p for name, p in model.named_parameters() if name.endswith(("c_fc.bias", "c_proj.weight"))}
+    for p in thawed.values():
+        p.requires_grad_(True)
+    before = state(model)
+    fit(model)
+    assert thawed
+    assert all(not torch.equal(p, before[name]) for name, p in thawed.items())
 
 
 def test_a_copy_is_independent() -> None:

@@ -110,7 +110,10 @@ def saved(tmp_path: Path) -> Path:
         ("use_dora", True, "'use_dora' is True, which this version does not know"),
         ("modules_to_save", ["lm_head"], "'modules_to_save' is"),
         ("bias", "all", "trained biases"),
-        ("r", 0, "'r' must be a rank of at least 1"),
+        ("r", 0, "cannot be used: 'rank' must be above 0, got 0"),
+        ("lora_alpha", None, "adapter_config.json cannot be used: 'alpha' must be a number"),
+        ("alpha_pattern", {"(": 3}, "adapter_config.json cannot be used"),
+        ("init_lora_weights", "pissa", "'init_lora_weights' is 'pissa', which changes the base weights"),
     ],
 )
 def test_what_we_cannot_compute_is_refused(saved: Path, key: str, value: object, message: str) -> None:

@@ -153,6 +153,39 @@ def test_marks_hold_the_adapter_alone(base: Path, corpus: Path, tmp_path: Path) 
     assert all(torch.equal(p, before[name]) for name, p in run.trainable().items())
 
 
+def test_a_thawed_base_weight_is_saved_from_then_on(base: Path, corpus: Path, tmp_path: Path) -> None:
+    from fallline.contracts import Change
+
+    run = build(recipe(base, corpus, tmp_path / "a")).run
+    name = "model.norm.weight"
+    p = dict(run.model.named_parameters())[name]
+    assert name in run.given
+    p.requires_grad_(True)
+    run.remap([Change(name, None, p)])
+    assert name in run.state_dict()["model"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-stochastic"])
+def test_a_float32_adapter_on_a_bfloat16_model_resumes(
+    base: Path, corpus: Path, tmp_path: Path, precision: str
+) -> None:
+    few = ("steps=3", f"precision={precision}", "checkpoint.every=2")
+    train(recipe(base, corpus, tmp_path / "whole", *few), progress=None)
+
+    def stop(record: Any) -> str:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+        return ""
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(base, corpus, tmp_path / "cut", *few), progress=None, watch=stop)
+    result = train(Recipe.load(tmp_path / "cut"), resume=True, progress=None)
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+    kinds = {p.dtype for name, p in result.run.model.named_parameters() if "adapters" in name}
+    assert kinds == {torch.float32}
+    assert result.run.model.dtype == torch.bfloat16
+
+
 def test_an_unknown_adapter_or_option_is_named() -> None:
     for wrong, message in (
         ("adapter: lorra", "unknown adapter 'lorra'; did you mean 'lora'"),

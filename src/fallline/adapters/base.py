@@ -90,9 +90,3 @@ class Adapter:
     def peft_config(self) -> dict[str, Any]:
         """What of PEFT's LoraConfig is the same for all layers."""
         raise NotImplementedError
-
-    def attach(self, model: nn.Module, *, name: str = "default", seed: int = 0) -> None:
-        """Put one on every target layer of `model` and freeze all else, in place; see `layers.attach`."""
-        from .layers import inject
-
-        inject(model, self, name=name, seed=seed)

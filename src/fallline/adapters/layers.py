@@ -1,7 +1,7 @@
 """Adapters on a model: on which layers, under which names, merged into the weights, and taken off again.
 
-A layer that gets an adapter changes its class and keeps everything else: its identity, hooks, and the names of its
-weights. So the state of the base model has the names it always had, with the adapters' beside them:
+A layer that gets an adapter changes its class and keeps its identity, its forward hooks, and the names of its weights.
+So the state of the base model has the names it always had, with the adapters' beside them:
 
     model.layers.0.self_attn.q_proj.weight
     model.layers.0.self_attn.q_proj.adapters.default.lora_A
@@ -96,7 +96,8 @@ def attach(model: nn.Module, id: str, *, name: str = "default", seed: int = 0, *
         The model.
 
     Raises:
-        InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged.
+        InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged or
+            wrapped.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2)
@@ -104,11 +105,14 @@ def attach(model: nn.Module, id: str, *, name: str = "default", seed: int = 0, *
         ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
     """
     module = find("adapter", id).load()
-    module.build(module.Config.from_mapping(options, f"adapter {id!r}")).attach(model, name=name, seed=seed)
+    adapter = module.build(module.Config.from_mapping(options, f"adapter {id!r}"))
+    if adapter is None:
+        raise InputError(f"{id!r} stands for no adapter in a recipe; there is nothing to attach")
+    inject(model, adapter, name=name, seed=seed)
     return model
 
 
-def inject(model: nn.Module, adapter: Adapter, *, name: str, seed: int) -> None:
+def inject(model: nn.Module, adapter: Adapter, *, name: str = "default", seed: int) -> None:
     """`attach` with a built adapter."""
     put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name)
     for path, layer in adapted(model).items():
@@ -120,17 +124,22 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
     """Give the layers at these paths an adapter, its parameters zero, and make it the active one.
 
     Raises:
-        InputError: the name is no name or taken, or the model is merged.
+        InputError: the name is no name or taken, the model is merged, or something else has taken over a layer.
     """
-    if not name.isidentifier():
-        raise InputError(f"an adapter's name is letters, digits and underscores, got {name!r}")
-    there = adapted(model)
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise InputError(f"an adapter's name is letters, digits and underscores and no torch word, got {name!r}")
     if name in names(model):
         raise InputError(f"the model has an adapter {name!r} already; choose another name, or remove it")
-    if any(layer.merged for layer in there.values()):
-        raise InputError("adapters are merged into the weights; unmerge or remove them first")
+    refuse_merged(model)
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in chosen}
+    for path, layer in layers.items():
+        if "forward" in vars(layer) or layer.weight.is_meta:
+            raise InputError(
+                f"{path} is offloaded, or its forward was replaced (device_map does both); load the model onto one "
+                "device, then attach"
+            )
     for path, method in chosen.items():
-        layer: Any = model.get_submodule(path)
+        layer = layers[path]
         if not isinstance(layer, Adapted):
             layer.__class__ = KINDS[type(layer)]
             layer.adapters, layer.methods = nn.ModuleDict(), {}
@@ -143,6 +152,16 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
     activate(model, name)
 
 
+def refuse_merged(model: nn.Module) -> None:
+    """Before anything is changed.
+
+    Raises:
+        InputError: adapters are merged.
+    """
+    if any(layer.merged for layer in adapted(model).values()):
+        raise InputError("adapters are merged into the weights; unmerge them first, or remove all")
+
+
 def wide(W: Tensor) -> torch.dtype:
     """The dtype of adapters on a weight: at least float32, their updates are small."""
     return torch.promote_types(W.dtype, torch.float32)
@@ -152,18 +171,21 @@ def select(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Paths of the layers that `targets` name, in the model's order.
 
     Raises:
-        InputError: a target that names nothing, or something that is no linear layer; or there is no layer at all.
+        InputError: a target that names nothing, or something that is no linear layer; there is no layer at all; or the
+            model is wrapped, so that its paths are not those of the model that others load.
     """
+    if hasattr(model, "_orig_mod") or isinstance(getattr(model, "module", None), nn.Module):
+        raise InputError(f"{type(model).__name__} wraps a model; give the model itself, before it is wrapped")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
     linear = {path for path, m in modules.items() if can_adapt(m)}
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            foreign = next((p for p, m in modules.items() if isinstance(m, nn.Linear) and not can_adapt(m)), None)
-            if foreign is not None:
-                kind = type(modules[foreign]).__name__
-                raise InputError(f"{foreign} is a {kind}, which cannot have an adapter; name the targets instead")
+            for path, m in modules.items():
+                if isinstance(m, nn.Linear) and m is not head and not can_adapt(m):
+                    kind = type(m).__name__
+                    raise InputError(f"{path} is a {kind}, which cannot have an adapter; name the targets instead")
             chosen |= {path for path in linear if modules[path] is not head}
             continue
         found = {p for p in modules if p == target or p.endswith(f".{target}") or fnmatchcase(p, target)}
@@ -196,9 +218,11 @@ def names(model: nn.Module) -> list[str]:
 
 
 def given(model: nn.Module) -> frozenset[str]:
-    """Names in the state of an adapted model that are the base model's: no training changes them. Empty without
-    adapters."""
-    return frozenset(key for key in model.state_dict() if ".adapters." not in key) if names(model) else frozenset()
+    """Names of an adapted model's frozen parameters, which the base model gives back. Empty without adapters."""
+    found = model.named_parameters(remove_duplicate=False)
+    return (
+        frozenset(n for n, p in found if ".adapters." not in n and not p.requires_grad) if names(model) else frozenset()
+    )
 
 
 def activate(model: nn.Module, *active: str) -> None:
@@ -211,10 +235,9 @@ def activate(model: nn.Module, *active: str) -> None:
     for name in active:
         if name not in known:
             raise InputError(f"the model has no adapter {name!r}; {nearest(name, known)}")
+    refuse_merged(model)
     model.requires_grad_(False)
     for layer in adapted(model).values():
-        if layer.merged:
-            raise InputError("adapters are merged into the weights; unmerge them first")
         layer.active = tuple(name for name in active if name in layer.adapters)
         for name in layer.active:
             layer.adapters[name].requires_grad_(True)
@@ -227,9 +250,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: the model is merged.
     """
+    refuse_merged(model)
     before = {layer: layer.active for layer in adapted(model).values()}
-    if any(layer.merged for layer in before):
-        raise InputError("adapters are merged into the weights; unmerge them first")
     try:
         for layer in before:
             layer.active = ()
@@ -287,7 +309,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Take an adapter off, or all: layers without one are plain again. What is merged stays in the weights.
+    """Take an adapter off, or all: layers without one are plain again, and frozen still. What is merged stays in the
+    weights.
 
     Raises:
         InputError: no adapter of that name, or it is one of those that are merged.
@@ -296,9 +319,9 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     for n in gone:
         if n not in names(model):
             raise InputError(f"the model has no adapter {n!r}; {nearest(n, names(model))}")
+    if name is not None:
+        refuse_merged(model)
     for layer in adapted(model).values():
-        if name is not None and layer.merged:
-            raise InputError("adapters are merged into the weights; unmerge them first, or remove all")
         for n in gone:
             if n in layer.adapters:
                 del layer.adapters[n], layer.methods[n]

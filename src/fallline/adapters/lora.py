@@ -8,8 +8,8 @@ At step 0 ΔW is zero, so is ∂L/∂A = s Bᵀ G, and ∂L/∂B = s G Aᵀ is n
 shrink as the rank grows.
 
 Cost: r (m + n) trained parameters for a weight [m, n], 16 bytes each with AdamW in float32; 4 T n m + 6 T r (n + m)
-floating-point operations for T tokens instead of 6 T n m; each layer's input is kept for the backward, layers with the
-same input keep one.
+floating-point operations for T tokens instead of 6 T n m; each layer's input is kept for the backward, and without
+dropout layers with the same input keep one.
 """
 
 from __future__ import annotations
@@ -83,9 +83,11 @@ class Lora(Adapter):
         return self.scale * (x @ P.lora_A.to(x.dtype).t()) @ P.lora_B.to(x.dtype).t()
 
     def linear(self, P: Any, x: Tensor, W: Weight, bias: Tensor | None, training: bool) -> Tensor:
-        if training and self.config.dropout:
+        frozen = W()
+        trained = frozen.requires_grad or (bias is not None and bias.requires_grad)  # thawed beside the adapter
+        if trained or (training and self.config.dropout):
             return super().linear(P, x, W, bias, training)
-        return lora_linear(x, W(), bias, P.lora_A, P.lora_B, self.scale)
+        return lora_linear(x, frozen, bias, P.lora_A, P.lora_B, self.scale)
 
     def factors(self, P: Any) -> LoraFactors:
         return LoraFactors(P.lora_A, P.lora_B, self.config.alpha)

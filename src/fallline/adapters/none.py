@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..catalog import Card
 from ..options import Options
 
@@ -27,12 +25,5 @@ class Config(Options):
     """No options."""
 
 
-class NoAdapter:
-    """Leaves the model as it is."""
-
-    def attach(self, model: nn.Module, *, name: str = "default", seed: int = 0) -> None:
-        pass
-
-
-def build(config: Config) -> NoAdapter:
-    return NoAdapter()
+def build(config: Config) -> None:
+    return None

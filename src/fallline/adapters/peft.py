@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest
+from ..folders import readable
 from .layers import adapted, names, put, select
 from .lora import Config, Lora
 
@@ -36,7 +37,6 @@ IGNORED = frozenset(
         "ensure_weight_tying",  # concerns modules_to_save
         "exclude_modules",
         "inference_mode",
-        "init_lora_weights",  # how they began does not matter any more
         "layers_pattern",
         "layers_to_transform",
         "megatron_config",
@@ -64,6 +64,10 @@ READ = frozenset(
     }
 )
 """Keys that `load` understands."""
+
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Beginnings (`init_lora_weights`) that leave the base weights alone; PEFT changes them for the others, again at every
+load."""
 
 
 def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: str | None = None) -> None:
@@ -106,7 +110,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: s
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(settings | first, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)  # the library lets nobody else read it
+    readable(folder)
 
 
 def short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -137,17 +141,20 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {folder / TENSORS}: {error}") from None
     pairs = paired(tensors, model, folder)
-    base = Config(
-        rank=settings["r"],
-        alpha=settings.get("lora_alpha", 8),
-        rslora=settings.get("use_rslora", False),
-        dropout=settings.get("lora_dropout", 0.0),
-    )
-    alphas = settings.get("alpha_pattern") or {}
-    chosen = {
-        path: Lora(replace(base, rank=len(A), alpha=matching(alphas, path, base.alpha)))
-        for path, (A, _) in pairs.items()
-    }
+    try:
+        base = Config(
+            rank=settings["r"],
+            alpha=settings.get("lora_alpha", 8),
+            rslora=settings.get("use_rslora") or False,
+            dropout=settings.get("lora_dropout") or 0.0,
+        )
+        alphas = settings.get("alpha_pattern") or {}
+        chosen = {
+            path: Lora(replace(base, rank=len(A), alpha=matching(alphas, path, base.alpha)))
+            for path, (A, _) in pairs.items()
+        }
+    except (InputError, AttributeError, TypeError, re.error) as error:
+        raise InputError(f"{folder / CONFIG} cannot be used: {error}") from None
     put(model, chosen, name)
     layers = adapted(model)
     with torch.no_grad():
@@ -172,13 +179,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         raise InputError(f"{path}: the adapter is a {kind!r}; only LORA can be loaded")
+    start = settings.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise InputError(
+            f"{path}: 'init_lora_weights' is {start!r}, which changes the base weights too; convert it to a plain LoRA "
+            "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
     for key, value in settings.items():
-        if key not in READ | IGNORED and value not in (None, False, {}, []):
+        if key not in READ | IGNORED | {"init_lora_weights"} and value not in (None, False, {}, []):
             raise InputError(f"{path}: {key!r} is {value!r}, which this version does not know")
     if settings.get("bias", "none") != "none":
         raise InputError(f"{path}: trained biases (bias: {settings['bias']!r}) cannot be loaded")
-    if not isinstance(settings.get("r"), int) or settings["r"] < 1:
-        raise InputError(f"{path}: 'r' must be a rank of at least 1, got {settings.get('r')!r}")
+    if "r" not in settings:
+        raise InputError(f"{path}: there is no 'r', the rank")
     return settings
 
 

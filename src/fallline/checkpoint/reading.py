@@ -52,13 +52,13 @@ def find(folder: Path) -> list[Saved]:
     return complete(folder / "checkpoints")
 
 
-def verify(path: Path) -> Saved:
-    """Read every file of a checkpoint and compare its checksum.
+def verify(path: Path, below: str = "") -> Saved:
+    """Read every file of a checkpoint, or those below a folder in it such as ``model/``, and compare its checksum.
 
     Raises:
         InputError: the checkpoint is damaged or of another format; the message names the file.
     """
-    return _check(path, contents=True)
+    return _check(path, contents=True, below=below)
 
 
 def latest_good(folder: Path) -> Saved | None:
@@ -97,11 +97,11 @@ def load(saved: Saved, run: Run) -> dict[str, Any]:
         raise InputError(f"{error}; {way_out}") from None
     with contextlib.ExitStack() as open_files:
         state = open_files.enter_context(safe_open(path / STATE, "pt"))
-        apart = (path / MODEL).is_file()  # otherwise the model's state is an adapter's, and lies with the rest
-        model = open_files.enter_context(safe_open(path / MODEL, "pt")) if apart else None
+        if (path / MODEL).is_file():  # otherwise the model's state is an adapter's, and lies with the rest
+            model = open_files.enter_context(safe_open(path / MODEL, "pt"))
 
         def get(mark: dict[str, Any]) -> Tensor:
-            if "$model" in mark and model is not None:
+            if "$model" in mark:
                 return model.get_tensor(mark["$model"])  # a view of the file; the model copies it
             t: Tensor = state.get_tensor(mark["$tensor"]).clone()  # an optimizer may keep it: own and align its memory
             return t.view(getattr(torch, mark["dtype"])).reshape(mark["shape"]) if "dtype" in mark else t
@@ -141,11 +141,13 @@ def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def _check(path: Path, contents: bool) -> Saved:
-    """Compare a checkpoint with its manifest: names and sizes, and the contents if asked."""
+def _check(path: Path, contents: bool, below: str = "") -> Saved:
+    """Compare a checkpoint, or what of it is below a folder, with its manifest: names and sizes, contents if asked."""
     try:
         manifest = _open_manifest((path / MANIFEST).read_bytes())
         for name, entry in manifest["files"].items():
+            if not name.startswith(below):
+                continue
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{name} has {size} bytes, not {entry['bytes']}")
@@ -158,7 +160,7 @@ def _check(path: Path, contents: bool) -> Saved:
         raise InputError(f"{path} is damaged: {name}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from None
-    return Saved(path, manifest["step"], manifest["validation_loss"], verified=contents)
+    return Saved(path, manifest["step"], manifest["validation_loss"], verified=contents and not below)
 
 
 def seal_manifest(manifest: Mapping[str, Any]) -> bytes:

@@ -56,6 +56,7 @@ def save(
         InputError: the state holds something that is not a tensor, number or text.
         StorageError: the disk refused; the message names the last good checkpoint.
     """
+    assert export is not None or not run.given, "without its given part, the state is no model that others could load"
     home = folder / "checkpoints"
     name = f"step-{run.step:08d}"
     hidden = home / f".saving-{name}"

@@ -12,7 +12,7 @@ from ..data.conversation import special_tokens
 from ..drivers.trained import Trained, open_trained
 from ..errors import InputError
 from ..generate import ends, positions, text_of
-from .generate import Sampling, well_formed
+from .generate import Sampling, show, well_formed
 
 Message = dict[str, str]
 
@@ -70,8 +70,11 @@ class Conversation:
                 said += piece
                 yield piece
             if drawn[-1] not in self.eos:
-                note(f"the answer was cut after {len(drawn)} tokens; --tokens sets how many it may have")
+                full = len(drawn) < self.sampling.tokens
+                why = "the model has no more positions" if full else "--max-tokens sets how many it may have"
+                note(f"the answer was cut after {len(drawn)} tokens; {why}")
         finally:
+            said = self.specials.sub("", said)  # spelled out of other tokens, it would end a turn next time
             self.turns = [*turns, {"role": "assistant", "content": said}]
             self.asked += 1
 
@@ -93,6 +96,8 @@ class Conversation:
         try:
             text = str(tokenizer.apply_chat_template(turns, tokenize=False))
         except Exception:  # `tokens` tells it when there is something to ask
+            return set()
+        if answer not in text:
             return set()
         end = self.specials.match(text.rpartition(answer)[2].lstrip())
         return {int(tokenizer.get_vocab()[end[0]])} if end else set()
@@ -136,56 +141,50 @@ class Conversation:
 
 
 def chat(args: Namespace) -> int:
-    """Answer until the input ends."""
+    """Answer until the input ends. On a terminal, Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     sampling = Sampling.of(args)
     conversation = Conversation(open_trained(args.model, args.device), args.system, sampling)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return converse(conversation)
-    try:
-        for line in piped():
-            if not line.strip():
-                continue
-            if line == "/reset":
-                conversation.reset()
-            else:
-                show(conversation, line)
-    except KeyboardInterrupt:
-        return 130
+    typed = sys.stdin.isatty()
+    if typed:
+        note(f"{conversation.trained.name}: Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves")
+    for line in prompted() if typed else piped():
+        if line.strip() == "/reset":
+            conversation.reset()
+        elif line.strip():
+            try:
+                answer(conversation, line)
+            except InputError as error:
+                if not typed:
+                    raise
+                note(f"fallline: error: {error}")
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
     return 0
 
 
-def converse(conversation: Conversation) -> int:
-    """On a terminal: Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
-    with suppress(ImportError):  # lines can be edited and called back
-        importlib.import_module("readline")
-    note(f"{conversation.trained.name}: Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves")
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        if not line.strip():
-            continue
-        if line.strip() == "/reset":
-            conversation.reset()
-            continue
-        try:
-            show(conversation, line)
-        except InputError as error:
-            note(f"fallline: error: {error}")
-        except KeyboardInterrupt:
-            continue
-
-
-def show(conversation: Conversation, line: str) -> None:
+def answer(conversation: Conversation, line: str) -> None:
     """Print an answer as it comes."""
-    with closing(conversation.ask(line)) as answer:
+    with closing(conversation.ask(line)) as pieces:
         try:
-            for piece in answer:
-                print(piece, end="", flush=True)
+            for piece in pieces:
+                show(piece)
         finally:
             print(flush=True)
+
+
+def prompted() -> Iterator[str]:
+    """Lines typed on a terminal, until Ctrl-D or Ctrl-C."""
+    with suppress(ImportError):  # lines can be edited and called back
+        importlib.import_module("readline")
+    while True:
+        try:
+            yield input("> ")
+        except UnicodeDecodeError:
+            note("fallline: error: the line is not UTF-8")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
 
 
 def piped() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
@@ -30,13 +31,13 @@ class Sampling:
         Raises:
             InputError: out of bounds.
         """
-        if args.tokens < 1:
-            raise InputError(f"--tokens must be at least 1, got {args.tokens}")
+        if args.max_tokens < 1:
+            raise InputError(f"--max-tokens must be at least 1, got {args.max_tokens}")
         if not 0 <= args.temperature < float("inf"):
-            raise InputError(f"--temperature must be at least 0, got {args.temperature}")
+            raise InputError(f"--temperature must be a finite number, at least 0, got {args.temperature}")
         if args.top_k < 0:
             raise InputError(f"--top-k must be at least 1, or 0 for all, got {args.top_k}")
-        return cls(args.tokens, args.temperature, args.top_k, args.seed)
+        return cls(args.max_tokens, args.temperature, args.top_k, args.seed)
 
     def draw(self, model: Any, ids: Sequence[int], turn: int, eos: Collection[int]) -> Iterator[int]:
         """The tokens after `ids`. Draws depend on the seed and on `turn`, on every device alike."""
@@ -59,12 +60,18 @@ def generate(args: Namespace) -> int:
     tokens = sampling.draw(trained.model, ids, 0, ends(trained.model, trained.tokenizer))
     try:
         for piece in text_of(tokens, trained.tokenizer, ids):
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        return 130
+            show(piece)
     finally:
         print()
     return 0
+
+
+def show(piece: str) -> None:
+    """Print a piece of what a model wrote, at once. On a terminal without control characters: those could set its
+    title, fill the clipboard or erase what stands there."""
+    if sys.stdout.isatty():
+        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece)
+    print(piece, end="", flush=True)
 
 
 def read_prompt() -> str:
@@ -85,12 +92,14 @@ def encode(trained: Trained, prompt: str) -> list[int]:
     """The prompt as the tokenizer makes it; an empty one is the token that starts a text.
 
     Raises:
-        InputError: it is longer than the model takes.
+        InputError: it is longer than the model takes, or empty where no token starts a text.
     """
     ids: list[int] = list(trained.tokenizer(well_formed(prompt))["input_ids"])
     if not ids:
-        start = trained.tokenizer.bos_token_id
-        ids = [trained.tokenizer.eos_token_id if start is None else start]
+        tokenizer = trained.tokenizer
+        ids = [id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None][:1]
+    if not ids:
+        raise InputError(f"{trained.name} has no token that starts a text; give a prompt")
     most = positions(trained.model)
     if most is not None and len(ids) >= most:
         raise InputError(f"the prompt has {len(ids)} tokens, {trained.name} has room for {most - 1} before its own")

@@ -163,7 +163,9 @@ def _model(command: argparse.ArgumentParser) -> None:
 
 def _sampling(command: argparse.ArgumentParser, tokens: int, temperature: float) -> None:
     """How text is drawn."""
-    command.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"at most so many (default: {tokens})")
+    command.add_argument(
+        "--max-tokens", type=int, default=tokens, metavar="N", help=f"at most so many (default: {tokens})"
+    )
     command.add_argument(
         "--temperature",
         type=float,
@@ -185,8 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     top = parser()
     args, rest = top.parse_known_args(argv)
-    if args.command == "generate" and args.prompt is None and len(rest) == 1 and not rest[0].startswith("-"):
-        args.prompt = rest.pop()  # argparse loses an optional argument that follows an option
+    if args.command == "generate" and args.prompt is None and rest:  # argparse loses it where it follows an option
+        last = rest[-1]
+        if (len(rest) == 1 and (not last.startswith("-") or " " in last)) or (len(rest) == 2 and rest[0] == "--"):
+            args.prompt, rest = last, []
     if rest and (args.command not in ("train", "compare") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="fallline: %(message)s", level=logging.WARNING)
@@ -229,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FalllineError as error:
         print(f"fallline: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("fallline: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -6,9 +6,7 @@ The folder is loaded again and asked before it gets its name, so an export that 
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from .. import adapters, checkpoint
 from ..checkpoint import files
 from ..errors import FalllineError, InputError, StorageError
+from ..folders import readable
 from ..generate import positions
 from ..models.loading import quietly
 from ..noise import rng
@@ -103,13 +102,16 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
     expected = logits(model, ids)
     largest = float(expected.abs().max())
     rounding = TOLERANCE.get(model.dtype, 0.0) * largest
+    if trained.adapter:  # a part of what it does, so that a lost adapter is no rounding; but not less than float32's
+        with adapters.disabled(model):
+            effect = float((logits(model, ids) - expected).abs().max())
+        rounding = min(rounding, max(effect / 4, 1e-5 * largest))
     if merge:
         adapters.merge(model)
         adapters.remove(model)
         model.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
-        for path in folder.glob("*.safetensors"):
-            path.chmod((folder / "config.json").stat().st_mode)  # the library lets nobody else read it
+        readable(folder)
     else:
         assert trained.folder is not None
         copy(trained.folder, folder)
@@ -139,7 +141,8 @@ def copy(source: Path, folder: Path) -> None:
         OSError: the disk refused, or reads something else than was written.
     """
     source = source.resolve()
-    checkpoint.verify(source.parent)
+    if source.parent.parent.name == "checkpoints":  # elsewhere it is a copy, without checksums beside it
+        checkpoint.verify(source.parent, below="model/")
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         new = folder / path.relative_to(source)
         new.parent.mkdir(exist_ok=True)
@@ -149,14 +152,19 @@ def copy(source: Path, folder: Path) -> None:
 
 
 def attach(base: Any, folder: Path) -> tuple[str, Any]:
-    """An adapter on its base, by PEFT where that is installed; and by which."""
-    if find_spec("peft") is None:
-        return "Fallline", adapters.load(base, folder)
-    from peft import PeftModel
+    """An adapter on its base, by PEFT where that is installed; and by which.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of how PEFT uses Transformers
+    Raises:
+        FalllineError: PEFT does not take it.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return "Fallline", adapters.load(base, folder)
+    try:
         return "PEFT", PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:  # of a library of strangers
+        raise FalllineError(f"PEFT does not load what was written: {' '.join(str(error).split())}") from error
 
 
 def probe(model: Any, words: int) -> Tensor:

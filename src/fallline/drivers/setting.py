@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..adapters.layers import given
+from ..adapters.layers import given, inject
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
@@ -84,7 +84,9 @@ def build(recipe: Recipe) -> Setting:
         device=device,
     )
     content = fingerprint(model)
-    recipe.adapter.module.build(recipe.adapter.options).attach(model, seed=settings.seed)
+    adapter = recipe.adapter.module.build(recipe.adapter.options)
+    if adapter is not None:
+        inject(model, adapter, seed=settings.seed)
     check_isolation(model)
     model.train()
     objective = recipe.objective.module.build(recipe.objective.options).to(device)

@@ -228,13 +228,18 @@ class Loop:
                 self.out,
                 self.run,
                 tokenizer=self.setting.dataset.tokenizer,
-                export=partial(peft.save, self.run.model) if self.run.given else None,
+                export=partial(peft.save, self.run.model, base=base_of(self.recipe)) if self.run.given else None,
                 validation_loss=validation_loss,
                 keep=self.recipe.checkpoint.keep,
                 keep_best=self.recipe.checkpoint.best,
                 extra={"stopped": self.run.stopped},
             )
         self.saved_at = self.run.step
+
+
+def base_of(recipe: Recipe) -> str:
+    """What the model that a run begins with can be opened by: its folder or hub id, or its id in the catalogue."""
+    return str(getattr(recipe.model.options, "path", recipe.model.id))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

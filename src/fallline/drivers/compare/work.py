@@ -117,7 +117,7 @@ class Work:
         Raises:
             InputError: it does not fit.
         """
-        sizes = [m["memory"]["weights"] + m["memory"]["optimizer"] for m in self.measured.values() if "memory" in m]
+        sizes = [m["memory"]["saved"] for m in self.measured.values() if "memory" in m]
         need = len(self.study.seeds) * sum(sizes) + max(sizes, default=0)  # a new one is whole before an old one goes
         files = [f for f in (self.folder / "runs").rglob("*") if f.is_file() and not f.is_symlink()]
         free = shutil.disk_usage(self.folder).free
