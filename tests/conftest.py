@@ -48,6 +48,12 @@ def fallline(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Itera
 @pytest.fixture(scope="session")
 def smollm2(own_cache: Path) -> Path:
     """The folder of the model `smollm2-135m-instruct`, fetched and converted once; for slow tests."""
+    from fallline.errors import InputError
     from fallline.models.smollm2_135m_instruct import folder
 
-    return folder()
+    try:
+        return folder()
+    except InputError as error:
+        if "cannot be fetched" in str(error):
+            pytest.skip(str(error))
+        raise
