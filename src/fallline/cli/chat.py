@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Generator, Iterator
@@ -152,25 +153,16 @@ def chat(args: Namespace) -> int:
             conversation.reset()
         elif line.strip():
             try:
-                answer(conversation, line)
+                with closing(conversation.ask(line)) as answer:
+                    stopped = show(answer)
             except InputError as error:
                 if not typed:
                     raise
                 note(f"fallline: error: {error}")
-            except KeyboardInterrupt:
-                if not typed:
-                    raise
+                continue
+            if stopped is not None and not (typed and stopped == signal.SIGINT):
+                return 128 + stopped
     return 0
-
-
-def answer(conversation: Conversation, line: str) -> None:
-    """Print an answer as it comes."""
-    with closing(conversation.ask(line)) as pieces:
-        try:
-            for piece in pieces:
-                show(piece)
-        finally:
-            print(flush=True)
 
 
 def prompted() -> Iterator[str]:

@@ -9,10 +9,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..drivers.train import interruptible
 from ..drivers.trained import Trained, open_trained
 from ..errors import InputError
 from ..generate import ends, positions, stream, text_of
 from ..noise import rng
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,29 @@ def generate(args: Namespace) -> int:
     trained = open_trained(args.model, args.device)
     ids = encode(trained, args.prompt if args.prompt is not None else read_prompt())
     tokens = sampling.draw(trained.model, ids, 0, ends(trained.model, trained.tokenizer))
+    stopped = show(text_of(tokens, trained.tokenizer, ids))
+    return 0 if stopped is None else 128 + stopped
+
+
+def show(pieces: Iterator[str]) -> int | None:
+    """Print what a model writes as it comes, until the first Ctrl-C or SIGTERM.
+
+    On a terminal without control characters: those could set its title, fill the clipboard or erase what stands there.
+
+    Returns:
+        The signal that ended it, or None.
+    """
+    terminal = sys.stdout.isatty()
     try:
-        for piece in text_of(tokens, trained.tokenizer, ids):
-            show(piece)
+        # an exception out of a signal can be lost in a destructor that happens to run: ask after each piece
+        with interruptible() as stopped:
+            for piece in pieces:
+                print(CONTROL.sub("\ufffd", piece) if terminal else piece, end="", flush=True)
+                if stopped() is not None:
+                    break
+            return stopped()
     finally:
-        print()
-    return 0
-
-
-def show(piece: str) -> None:
-    """Print a piece of what a model wrote, at once. On a terminal without control characters: those could set its
-    title, fill the clipboard or erase what stands there."""
-    if sys.stdout.isatty():
-        piece = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece)
-    print(piece, end="", flush=True)
+        print(flush=True)
 
 
 def read_prompt() -> str:
