@@ -109,7 +109,8 @@ def main() -> None:
     for t in after["answers"]:
         if not t["right"]:
             print(f"  {t['question']} ({t['answer']}) {t['said']!r}")
-    found = {"seconds": seconds, "rise": rise, "before": before, "after": after, "recipe": record["recipe"]}
+    recipe = {key: value for key, value in record["recipe"].items() if key != "out"}
+    found = {"seconds": seconds, "rise": rise, "before": before, "after": after, "recipe": recipe}
     print(save("invented_facts", found, SOURCES))
     kept = {
         "the base model knows nothing": before["right"] == 0,
