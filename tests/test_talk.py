@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -265,9 +266,13 @@ def test_on_a_terminal_an_answer_is_stopped_and_the_conversation_goes_on(tmp_pat
     terminal.until("\r\n> ")
     terminal.type("half a li")
     terminal.until("half a li")
-    time.sleep(0.3)  # Python's readline does not see a signal in the moment before it waits for the next key
-    terminal.interrupt()
-    assert terminal.process.wait(30) == 0
+    for _ in range(6):  # Python's readline does not see a signal in the moment before it waits for the next key
+        time.sleep(0.3)
+        terminal.interrupt()
+        with suppress(subprocess.TimeoutExpired):
+            terminal.process.wait(10)
+            break
+    assert terminal.process.wait(10) == 0
 
 
 @pytest.mark.slow
