@@ -70,8 +70,7 @@ def make_dataset(
         InputError: too little text for one row to train on and one to validate on, `vocab` given to a tokenizer that
             is not learned, or a cache folder that cannot be used.
     """
-    if tokenizer is not None and config.vocab != DataOptions.vocab:
-        raise InputError(f"{what}: 'vocab' has no effect, the model brings its own tokenizer; remove it")
+    check_vocab(config, tokenizer, what)
     fingerprint, number, characters = contents(documents)
     if number == 0:
         raise InputError(f"{what}: there is no text, only blank documents or none")
@@ -81,7 +80,7 @@ def make_dataset(
     held_out = encoded.side < config.validation * 2.0**63
     if number > 1 and not held_out.any():  # few documents: still one to validate on
         held_out[encoded.side.argmin()] = True
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad = padding(tokenizer)
     train, validation = (_packed(encoded, side, config.length, pad) for side in (~held_out, held_out))
     for name, source, side in (("train on", train, ~held_out), ("validate on", validation, held_out)):
         if len(source) == 0:
@@ -99,6 +98,21 @@ def make_dataset(
         "validation_rows": len(validation.rows) - 1,
     }
     return Dataset(train, validation, tokenizer, fingerprint, summary)
+
+
+def check_vocab(config: DataOptions, tokenizer: PreTrainedTokenizerBase | None, what: str) -> None:
+    """Refuse a size of the vocabulary for a tokenizer that is not learned.
+
+    Raises:
+        InputError: `vocab` was given, and the model brings its tokenizer.
+    """
+    if tokenizer is not None and config.vocab != DataOptions.vocab:
+        raise InputError(f"{what}: 'vocab' has no effect, the model brings its own tokenizer; remove it")
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a row: the tokenizer's own, else its end token, else 0."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _packed(encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int) -> PackedSource:

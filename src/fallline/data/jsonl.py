@@ -37,7 +37,7 @@ from ..errors import InputError
 from ..noise import key
 from ..options import option
 from .conversation import Chat, Marked, Plain, marked, parse, special_tokens, start_tokens, tokenized
-from .dataset import DataOptions, Dataset
+from .dataset import DataOptions, Dataset, check_vocab, padding
 from .documents import Document, contents
 from .files import find_files, read_lines
 from .packed import PackedSource, pack_whole
@@ -133,8 +133,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
         InputError: a path that is not there or names no files; a file without an example; a line that is no example,
             which is named; `vocab` given to a model that brings its tokenizer; nothing to train or to validate on.
     """
-    if tokenizer is not None and config.vocab != DataOptions.vocab:
-        raise InputError(f"{_WHAT}: 'vocab' has no effect, the model brings its own tokenizer; remove it")
+    check_vocab(config, tokenizer, _WHAT)
     lines = list(read(config, tokenizer is not None and bool(tokenizer.chat_template)))
     if not lines:
         raise InputError(f"{_WHAT}: the files of 'path' are all empty or blank")
@@ -145,7 +144,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
     _warn(lines, encoded, config.length)
 
     held_out = _held_out(lines, encoded, config)[encoded.line]
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad = padding(tokenizer)
     train, validation = (_packed(lines, encoded, side, config.length, pad) for side in (~held_out, held_out))
     for name, source in (("train on", train), ("validate on", validation)):
         if len(source) == 0:
