@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fallline.tokens import (
+from fallline.cross_entropy import (
     IGNORED,
     WORDS_AT_ONCE,
     _LinearCrossEntropy,
@@ -19,10 +19,9 @@ from fallline.tokens import (
     full_cross_entropy,
     linear_cross_entropy,
     multiple,
-    per_example,
-    per_token,
     twice_differentiable,
 )
+from fallline.tokens import per_example, per_token
 
 ROWS, LENGTH, DIM, WORDS = 4, 5, 8, 30
 

@@ -76,7 +76,10 @@ class Adapter:
         raise NotImplementedError
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
-        """x ΔWᵀ [..., m] for x [..., n], without forming ΔW. `training`: dropout is on."""
+        """x ΔWᵀ [..., m] for x [..., n], without forming ΔW. `training`: dropout is on.
+
+        Products with `P`'s parameters go through `fallline.per_example.linear`, which knows per-example gradients.
+        """
         raise NotImplementedError
 
     def linear(self, P: Any, x: Tensor, W: Weight, bias: Tensor | None, training: bool) -> Tensor:

@@ -46,6 +46,7 @@ class Adapted(nn.Module):
     merged: tuple[str, ...]
     kept: Tensor | None
     plain: ClassVar[type[nn.Module]]  # the class it had before
+    per_example: ClassVar[bool] = True  # what it computes with its adapters knows `fallline.per_example`
 
     def matrix(self) -> Tensor:
         """W [m, n], a view of `weight`."""

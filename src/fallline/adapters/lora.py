@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..catalog import Card
 from ..kernels.lora_linear import lora_linear
 from ..options import option
+from ..per_example import linear
 from .base import Adapter, AdapterOptions, LoraFactors, Weight
 
 CARD = Card(
@@ -88,7 +89,7 @@ class Lora(Adapter):
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
         x = F.dropout(x, self.config.dropout, training)
-        return self.scale * (x @ P.lora_A.to(x.dtype).t()) @ P.lora_B.to(x.dtype).t()
+        return self.scale * linear(linear(x, P.lora_A), P.lora_B)
 
     def linear(self, P: Any, x: Tensor, W: Weight, bias: Tensor | None, training: bool) -> Tensor:
         frozen = W()

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..per_example import Use, watching
+
 
 def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """x Wᵀ + b + s (x Aᵀ) Bᵀ, for a weight and bias that are not trained.
@@ -33,11 +35,13 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     Returns:
         [..., m], in the dtype of the products.
     """
+    watch = watching()
+    uses = (None, None) if watch is None else (watch.use(A), watch.use(B))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale)
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale, uses)
     return y.view(*x.shape[:-1], len(W))
 
 
@@ -50,28 +54,42 @@ class _LoraLinear(torch.autograd.Function):
     """`lora_linear` on x [T, n]. Its backward is made of differentiable operations, so it has a second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        uses: tuple[Use | None, Use | None],
+    ) -> Tensor:
         y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
         h = x @ A.t()
         y.addmm_(h, B.t(), alpha=scale)
-        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad  # what no gradient needs is not kept alive
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]  # what no gradient needs is not kept alive
         ctx.save_for_backward(x if need_a or need_b else None, W if need_x else None, A, B, h if need_b else None)
-        ctx.scale = scale
+        ctx.scale, ctx.uses = scale, uses
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
-        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+        use_a, use_b = ctx.uses
         dx = dA = dB = None
         if need_x or need_a:
             gB = (g @ B) * ctx.scale
-            if need_a:
+            if use_a is not None:
+                use_a.outer(x, gB)
+            elif need_a:
                 dA = gB.t() @ x
             if need_x:
                 dx = (g @ W).addmm_(gB, A)
-        if need_b:
+        if use_b is not None:
+            use_b.outer(h, g * ctx.scale)
+        elif need_b:
             if torch.is_grad_enabled():  # to be differentiated again: h depends on x and A
                 h = x @ A.t()
             dB = (g.t() @ h) * ctx.scale
-        return dx, None, None, dA, dB, None
+        return dx, None, None, dA, dB, None, None

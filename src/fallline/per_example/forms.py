@@ -1,0 +1,370 @@
+"""Per-example gradients of one parameter, in the form they arise in.
+
+A parameter is seen as a matrix [m, n]; B examples. A form knows each example's squared norm, the weighted sum over
+examples, and gives the gradients themselves in blocks of rows.
+
+- `Outer`: a linear layer's, G_bᵀ A_b from the layer's inputs A_b [T, n] and its outputs' gradients G_b [T, m]. The
+  squared norm is ‖G_bᵀ A_b‖², 2 T m n operations, or Σ_ts (a_t·a_s)(g_t·g_s) from Gram matrices, 2 T² (m + n).
+- `Rows`: an embedding's, where each token adds to one row.
+- `Whole`: as they are, [B, m, n].
+- `Tied`: the sum of an `Outer` and `Rows`, such as a head that is also the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .layout import Spans
+
+BLOCK_BYTES = 64 << 20
+"""Most bytes of a block of per-example gradients. Measured on CPU: larger ones gain nothing."""
+
+GRAM_BELOW = 1 / 3
+"""Gram matrices pay where they take less than this share of the product's operations: they come on top of the sum over
+examples, for which the product need only be added up. Measured on CPU."""
+
+
+class Form(Protocol):
+    """See the module docstring."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m, n."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+
+    def smaller(self) -> Form:
+        """The same, or its product, whichever takes less memory."""
+
+    def squared(self) -> Tensor:
+        """[B], in at least float32."""
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        """Σ_b weight_b g_b, [m, n]; None: all one."""
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        """The given rows of all examples' gradients, [B, r, n], written to `out`, or where they lie already."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def squares(block: Tensor) -> Tensor:
+    """[B], the squared norms of [B, …, n]. Row by row: of millions of numbers at once, float32 loses the fourth digit."""
+    return torch.linalg.vector_norm(block, dim=-1, dtype=wide(block.dtype)).square().flatten(1).sum(1)
+
+
+def blocks(form: Form, number: int, dtype: torch.dtype, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    """All gradients of `number` examples, a block of rows at a time; a block is gone when the next one is there."""
+    m, n = form.shape
+    row_bytes = max(1, number * n * dtype.itemsize)
+    step = max(1, min(m, BLOCK_BYTES // row_bytes))
+    for first in range(0, m, step):
+        rows = slice(first, min(m, first + step))
+        yield rows, form.block(rows, scratch.take((number, rows.stop - first, n), dtype))
+
+
+class Scratch:
+    """Memory that one block after another is written to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory, valid until the next call."""
+        size = torch.Size(shape).numel()
+        held = self._held.get(dtype)
+        if held is None or held.numel() < size:
+            self._held[dtype] = held = torch.empty(size, dtype=dtype, device=self.device)
+        return held[:size].view(shape)
+
+
+class Pair(NamedTuple):
+    """One use of a linear layer: inputs A [N, n], outputs' gradients G [N, m], and whose tokens they are."""
+
+    A: Tensor
+    G: Tensor
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Outer:
+    """G_bᵀ A_b, summed over the uses of a shared layer."""
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        A, G, _ = self.pairs[0]
+        return G.shape[1], A.shape[1]
+
+    @property
+    def number(self) -> int:
+        """B."""
+        return self.pairs[0].spans.number
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pairs[0].A.dtype
+
+    @property
+    def narrow(self) -> float:
+        """T (m + n) / (m n): factors by product, both in numbers to keep and in operations for norms."""
+        m, n = self.shape
+        return sum(pair.spans.mean for pair in self.pairs) * (m + n) / (m * n)
+
+    def squared(self) -> Tensor:
+        if all(spans.even is not None for _, _, spans in self.pairs):
+            A, G = (torch.cat([part(p) for p in self.pairs], 1) for part in (_inputs, _outputs))
+            grams = torch.bmm(A, A.transpose(1, 2)), torch.bmm(G, G.transpose(1, 2))
+            found = (grams[0] * grams[1]).sum((1, 2), dtype=wide(self.dtype))
+        else:
+            found = torch.stack([self._gram(b) for b in range(self.number)])
+        return found.clamp_(min=0)  # below zero only by rounding
+
+    def _gram(self, b: int) -> Tensor:
+        spans = [pair.spans.ends[b] for pair in self.pairs]
+        A = torch.cat([pair.A[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)])
+        G = torch.cat([pair.G[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)])
+        return ((A @ A.t()) * (G @ G.t())).sum(dtype=wide(A.dtype))
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        found: Tensor | None = None
+        for A, G, spans in self.pairs:
+            if weight is not None:
+                A = A * spans.spread(weight).to(A.dtype).unsqueeze(1)
+            found = G.t() @ A if found is None else found.addmm_(G.t(), A)
+        assert found is not None
+        return found
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        for i, (A, G, spans) in enumerate(self.pairs):
+            if spans.even is not None:
+                g, a = G.view(spans.number, spans.even, -1)[:, :, rows], A.view(spans.number, spans.even, -1)
+                torch.baddbmm(out, g.transpose(1, 2), a, beta=int(i > 0), out=out)
+            else:
+                for one, (start, stop) in zip(out, spans.ends, strict=True):
+                    torch.addmm(one, G[start:stop, rows].t(), A[start:stop], beta=int(i > 0), out=one)
+        return out
+
+    def product(self) -> Whole:
+        """The gradients written out."""
+        m, n = self.shape
+        return Whole(self.block(slice(0, m), self.pairs[0].A.new_empty(self.number, m, n)))
+
+    def smaller(self) -> Form:
+        """Factors or product, whichever takes less memory."""
+        return self if self.narrow < 1 else self.product()
+
+
+def _inputs(pair: Pair) -> Tensor:
+    return pair.A.view(pair.spans.number, -1, pair.A.shape[1])
+
+
+def _outputs(pair: Pair) -> Tensor:
+    return pair.G.view(pair.spans.number, -1, pair.G.shape[1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Each token adds `D` [N, n] to the row `ids` [N] of the [m, n]; uses one after another in `ids`, `D`, `owner`.
+
+    Attributes:
+        owner: [N] int64, each token's example, `number` for nobody's.
+        words: m.
+        number: B.
+        head: [N, n], the head's gradient of the token's example in the row `ids`, where the head is `Summed`.
+    """
+
+    ids: Tensor
+    D: Tensor
+    owner: Tensor
+    words: int
+    number: int
+    head: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words, self.D.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.D.dtype
+
+    def squared(self) -> Tensor:
+        keys, place = torch.unique(self.owner * self.words + self.ids, return_inverse=True)
+        sums = self.D.new_zeros(len(keys), self.D.shape[1], dtype=wide(self.D.dtype))
+        sums.index_add_(0, place, self.D.to(sums.dtype))
+        found = sums.new_zeros(self.number + 1)
+        return found.index_add_(0, keys // self.words, squares(sums.unsqueeze(1)))[:-1]
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        D = self.D
+        if weight is not None:
+            D = D * torch.cat([weight, weight.new_zeros(1)])[self.owner].to(D.dtype).unsqueeze(1)
+        return D.new_zeros(self.shape).index_add_(0, self.ids, D)
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        return self.add(rows, out.zero_())
+
+    def add(self, rows: slice, out: Tensor) -> Tensor:
+        """Add to what is in `out`."""
+        here = ((self.ids >= rows.start) & (self.ids < rows.stop) & (self.owner < self.number)).nonzero().squeeze(1)
+        place = self.owner[here] * (rows.stop - rows.start) + self.ids[here] - rows.start
+        out.flatten(0, 1).index_add_(0, place, self.D[here])
+        return out
+
+    def smaller(self) -> Form:
+        """They are small."""
+        return self
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Written out: V [B, m, n]."""
+
+    V: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.V.shape[1], self.V.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.V.dtype
+
+    def squared(self) -> Tensor:
+        return squares(self.V)
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return self.V.sum(0)
+        return (weight.to(self.V.dtype) @ self.V.flatten(1)).view(self.shape)
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        return self.V[:, rows]
+
+    def smaller(self) -> Form:
+        """It is what there is."""
+        return self
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A head's gradients, as factors, and an embedding's, of one weight."""
+
+    head: Outer
+    rows: Rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.head.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.dtype
+
+    def squared(self) -> Tensor:
+        number = self.rows.number
+        cross = self.rows.D.new_zeros(number, dtype=wide(self.dtype))
+        for b in range(number):
+            at = (self.rows.owner == b).nonzero().squeeze(1)
+            for A, G, spans in self.head.pairs:
+                start, stop = spans.ends[b]
+                both = G[start:stop, self.rows.ids[at]].t() @ A[start:stop]  # the head's gradient in the rows of at
+                cross[b] += (both * self.rows.D[at]).sum(dtype=cross.dtype)
+        return (self.head.squared() + self.rows.squared() + 2 * cross).clamp_(min=0)
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        return self.head.total(weight) + self.rows.total(weight)
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        return self.rows.add(rows, self.head.block(rows, out))
+
+    def smaller(self) -> Form:
+        if self.head.narrow < 1:
+            return self
+        whole = self.head.product()
+        self.rows.add(slice(0, self.shape[0]), whole.V)
+        return whole
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Only what was asked for: squared norms [B] and the sum over examples [m, n]. For a weight that is an embedding
+    too, `Rows.head` has what the norms need."""
+
+    norms: Tensor
+    sum: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sum.shape[0], self.sum.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sum.dtype
+
+    def squared(self) -> Tensor:
+        return self.norms
+
+    def total(self, weight: Tensor | None) -> Tensor:
+        assert weight is None
+        return self.sum
+
+    def block(self, rows: slice, out: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def smaller(self) -> Form:
+        return self
+
+    def plus(self, rows: Rows) -> Summed:
+        """With an embedding's."""
+        assert rows.head is not None
+        cross = (rows.head * rows.D).sum(1, dtype=self.norms.dtype)
+        both = self.norms.new_zeros(rows.number + 1).index_add_(0, rows.owner, cross)[:-1]
+        found = self.norms + rows.squared().to(self.norms.dtype) + 2 * both
+        return Summed(found.clamp_(min=0), self.sum.index_add(0, rows.ids, rows.D.to(self.sum.dtype)))
+
+
+def join(forms: Sequence[Form]) -> Form:
+    """The form of a sum, for a parameter that is used several times."""
+    if len(forms) == 1:
+        return forms[0]
+    outers = [form for form in forms if isinstance(form, Outer)]
+    rows = [form for form in forms if isinstance(form, Rows)]
+    wholes = [form for form in forms if isinstance(form, Whole)]
+    summed = [form for form in forms if isinstance(form, Summed)]
+    if wholes:
+        V = wholes[0].V
+        for form in forms:
+            if form is not wholes[0]:
+                V = V + form.block(slice(0, form.shape[0]), torch.empty_like(V))
+        return Whole(V)
+    if summed:
+        if len(summed) > 1 or outers:
+            raise NotImplementedError("a head that is used twice in one forward")
+        found = summed[0]
+        for row in rows:
+            found = found.plus(row)
+        return found
+    outer = Outer(tuple(pair for form in outers for pair in form.pairs))
+    if not rows:
+        return outer
+    row = replace(
+        rows[0],
+        ids=torch.cat([form.ids for form in rows]),
+        D=torch.cat([form.D for form in rows]),
+        owner=torch.cat([form.owner for form in rows]),
+    )
+    return Tied(outer, row) if outers else row

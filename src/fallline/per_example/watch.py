@@ -1,0 +1,390 @@
+"""A backward pass that is watched: per-example gradients as they arise, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .forms import GRAM_BELOW, Form, Outer, Pair, Rows, Scratch, Whole, blocks, join
+from .layers import known, matrix, odd, rule, watched_linear
+from .layout import Layout, Spans, layout
+from .readers import Norms, Reader
+
+Weigh = Callable[[str, Tensor], Tensor]
+
+_ACTIVE: list[Watch] = []  # not a context variable: checkpointed layers run again in autograd's own threads
+
+
+def watching() -> Watch | None:
+    """The watch of this process whose forward or backward is running, if any."""
+    return _ACTIVE[-1] if _ACTIVE else None
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """`F.linear` in the dtype of x, for layers that compute with parameters which are no layer of their own: a watch
+    knows it.
+
+    Args:
+        x: [..., n]. W: [m, n]. b: [m].
+    """
+    watch = watching()
+    if watch is not None and torch.is_grad_enabled():
+        return watched_linear(watch, x, W, b, "a linear map")
+    return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+
+class PerExample:
+    """Per-example gradients of a model's trained parameters.
+
+    Args:
+        model: any module whose trained parameters are in layers that `known()` lists. Examples must not see each other.
+        objective: a module with trained parameters of its own, named ``objective.…``.
+
+    Raises:
+        InputError: a layer it cannot handle, by name.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> norms = Norms()
+        >>> with PerExample(model).watch(2, norms):
+        ...     model(torch.ones(2, 3)).sum().backward()
+        >>> norms.squared["weight"]
+        tensor([3., 3.])
+    """
+
+    def __init__(self, model: nn.Module, objective: nn.Module | None = None) -> None:
+        self.params: dict[str, nn.Parameter] = {}
+        self._layers: list[tuple[str, nn.Module]] = []
+        for prefix, root in (("", model), ("objective.", objective)):
+            if root is not None:
+                self.params |= {f"{prefix}{n}": p for n, p in root.named_parameters() if p.requires_grad}
+                self._layers += _layers(root, prefix)
+        self._name = {id(p): name for name, p in self.params.items()}
+        self._scratch: dict[torch.device, Scratch] = {}
+
+    def fits(self, params: Mapping[str, nn.Parameter]) -> bool:
+        """Are these the parameters it was made for?"""
+        return [*params] == [*self.params] and all(params[n] is p for n, p in self.params.items())
+
+    @contextmanager
+    def watch(
+        self,
+        batch: Mapping[str, Tensor] | int,
+        *readers: Reader,
+        keep: bool = False,
+        weigh: Weigh | None = None,
+    ) -> Iterator[Watch]:
+        """Inside, run forward and one backward. When it ends, readers have their answers and `.grad` has the gradient.
+
+        Args:
+            batch: has `example_id` [B] and, when packed, `segment` [R, L]; or B, the number of rows.
+            readers: see `readers.py`.
+            keep: leave `.grad` alone and keep the per-example gradients, each parameter's as factors or product,
+                whichever takes less memory, for `Watch.add`.
+            weigh: (parameter, squared norms [B]) → weights [B] of its examples in the sum that goes to `.grad`.
+
+        Raises:
+            InputError: a layer's input cannot be parted into examples, or a trained parameter is used past its layer.
+        """
+        if _ACTIVE:
+            raise InputError("per-example gradients are watched already; end that watch first")
+        made = layout(batch)
+        device = next(iter(self.params.values())).device if self.params else made.device
+        scratch = self._scratch.setdefault(device, Scratch(device))
+        watch = Watch(made, self.params, self._name, self._layers, readers, keep, weigh, scratch)
+        shapes = {name: matrix(p) for name, p in self.params.items()}
+        for reader in readers:
+            reader.begin(made.examples, shapes, device)
+        hooks = [p.register_hook(partial(watch.bypassed, name)) for name, p in self.params.items()]
+        before = {name: p.grad for name, p in self.params.items()}
+        _ACTIVE.append(watch)
+        try:
+            for _, layer in self._layers:
+                layer.forward = partial(watch.run, layer)
+            with torch.compiler.set_stance("force_eager"):
+                yield watch
+            watch.settle()
+        except BaseException:
+            for name, p in self.params.items():
+                p.grad = before[name]
+            raise
+        finally:
+            _ACTIVE.pop()
+            for _, layer in self._layers:
+                vars(layer).pop("forward", None)
+            for hook in hooks:
+                hook.remove()
+
+
+def _layers(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    """The layers whose own parameters are trained, by path.
+
+    Raises:
+        InputError: one is of an unknown kind.
+    """
+    found, seen = [], set()
+    inside: str | None = None  # a layer whose parameters go through functions that know the watch
+    for path, module in root.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if getattr(module, "per_example", False):
+            inside = f"{path}."
+        elif own and rule(module) is None:
+            option = f" with {odd(module)}" if odd(module) else ""
+            raise InputError(
+                f"per-example gradients: {prefix}{path} is a {type(module).__name__}{option}, whose {own[0]} is "
+                f"trained; known are {known()}"
+            )
+        elif own and "forward" in vars(module):
+            raise InputError(f"per-example gradients: the forward of {prefix}{path} was replaced, so it is not known")
+        elif own and id(module) not in seen:
+            seen.add(id(module))
+            found.append((f"{prefix}{path}", module))
+    return found
+
+
+class Use:
+    """One use of a parameter in a forward; its backward tells it what arises there.
+
+    Attributes:
+        name: the parameter's.
+        ids: of an embedding, the tokens, any shape.
+        head: of an embedding that is also the head, see `Rows.head`.
+    """
+
+    def __init__(self, watch: Watch, name: str, ids: Tensor | None = None) -> None:
+        self.watch, self.name = watch, name
+        self.ids = torch.empty(0) if ids is None else ids
+        self.head: Tensor | None = None
+
+    @property
+    def spans(self) -> Spans:
+        """Of an embedding's tokens."""
+        return self.watch.layout.spans(self.ids.numel())
+
+    def outer(self, A: Tensor, G: Tensor) -> None:
+        """A linear layer's inputs A [..., n] and output gradients G [..., m], of all rows' tokens in order."""
+        A, G = (t.reshape(-1, t.shape[-1]) for t in (A, G))
+        self.arrive(Outer((Pair(A, G, self.watch.layout.spans(len(A))),)))
+
+    def summed(self, G: Tensor) -> None:
+        """A bias's: output gradients G [..., m]."""
+        G = G.reshape(-1, G.shape[-1])
+        self.whole(self.watch.layout.spans(len(G)).sums(G).unsqueeze(1))
+
+    def rows(self, ids: Tensor, D: Tensor) -> None:
+        """An embedding's: tokens ids [...] and output gradients D [..., n]."""
+        ids, D = ids.flatten(), D.reshape(-1, D.shape[-1])
+        number = self.watch.layout.examples
+        words = len(self.watch.params[self.name])
+        self.arrive(Rows(ids, D, self.spans.owner, words, number, self.head))
+
+    def whole(self, V: Tensor) -> None:
+        """[B, m, n]."""
+        self.arrive(Whole(V))
+
+    def arrive(self, form: Form) -> None:
+        """Any form."""
+        self.watch.arrive(self, form)
+
+
+class Watch:
+    """One watched pass. Made by `PerExample.watch`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        params: Mapping[str, nn.Parameter],
+        names: Mapping[int, str],
+        layers: Sequence[tuple[str, nn.Module]],
+        readers: Sequence[Reader],
+        keep: bool,
+        weigh: Weigh | None,
+        scratch: Scratch,
+    ) -> None:
+        self.layout, self.params, self.readers = layout, params, readers
+        self.keep, self.weigh = keep, weigh
+        self._names, self._paths = names, {id(layer): path for path, layer in layers}
+        self._rules = {id(layer): rule(layer) for _, layer in layers}
+        self.scratch = scratch
+        self._noted: dict[str, int] = {}  # uses in the forward
+        self._used: dict[str, int] = {}  # those of them that are still to arrive
+        self._silent = False
+        self._ids: dict[str, list[Use]] = {}  # those of them that are embeddings
+        self._held: dict[str, list[Form]] = {}
+        self._done: set[str] = set()
+        self._kept: dict[str, Form] = {}
+
+    # What layers ask.
+
+    def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """A layer's forward."""
+        apply: Any = self._rules[id(layer)]
+        if not torch.is_grad_enabled():
+            plain: Tensor = type(layer).forward(layer, *args, **kwargs)
+            return plain
+        found: Tensor = apply(self, layer, *args, **kwargs)
+        return found
+
+    def use(self, p: Tensor, ids: Tensor | None = None) -> Use | None:
+        """Note that the forward uses a parameter; None where it is not watched."""
+        name = self._names.get(id(p))
+        if name is None or not torch.is_grad_enabled():
+            return None
+        use = Use(self, name, ids)
+        if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer runs again, whose uses are noted
+            self._used[name] = self._noted[name] = self._noted.get(name, 0) + 1
+            if ids is not None:
+                self._ids.setdefault(name, []).append(use)
+        return use
+
+    def embeddings(self, name: str) -> list[Use]:
+        """The uses of a weight as an embedding in this forward, so far."""
+        return self._ids.get(name, [])
+
+    @property
+    def sums_only(self) -> bool:
+        """Is all that is asked norms, and the plain sum over examples?"""
+        return not self.keep and self.weigh is None and all(isinstance(reader, Norms) for reader in self.readers)
+
+    def path(self, layer: nn.Module) -> str:
+        """A layer's path."""
+        return self._paths[id(layer)]
+
+    def rowwise(self, x: Tensor, name: str, features: int = 1, flat: bool = True) -> Tensor:
+        """An input that can be parted into examples; what is common to all rows is repeated for each.
+
+        Args:
+            x: the input. name: of the layer. features: axes that are not tokens. flat: may tokens of all rows be one
+            axis?
+
+        Raises:
+            InputError: it cannot.
+        """
+        if x.dim() > features and len(x) == 1 and self.layout.rows > 1:
+            x = x.expand(self.layout.rows, *x.shape[1:])
+        shape = x.shape if flat else torch.Size((*x.shape[:2], 0, 0))[: max(x.dim(), 3)]
+        if x.dim() <= features or not self.layout.fits(shape):
+            raise InputError(
+                f"per-example gradients: {name} gets an input of shape {list(x.shape)}, in which the "
+                f"{self.layout.rows} rows cannot be told apart"
+            )
+        return x
+
+    def rows_only(self, x: Tensor, name: str) -> Tensor:
+        """An input [R, ...] whose other axes are not tokens.
+
+        Raises:
+            InputError: it is not, or the batch is packed.
+        """
+        if self.layout.packed is not None:
+            raise InputError(f"per-example gradients: {name} mixes the tokens of a row, so rows cannot be packed")
+        return self.rowwise(x, name, flat=False)
+
+    def again(self, *readers: Reader) -> None:
+        """Begin another backward of the same forward, such as that of one term, for other readers. It needs what the
+        one before keeps with ``retain_graph=True``, and leaves `.grad` alone."""
+        if self.keep:
+            raise InputError("per-example gradients that are kept are those of one backward")
+        self.settle()
+        for reader in readers:
+            reader.begin(
+                self.layout.examples, {name: matrix(p) for name, p in self.params.items()}, self.scratch.device
+            )
+        self.readers, self.weigh, self._used, self._silent = readers, None, dict(self._noted), True
+        self._done.clear()
+
+    # What becomes of what they tell.
+
+    def arrive(self, use: Use, form: Form) -> None:
+        """A use's gradients are there; those of a parameter used once are settled at once."""
+        name = use.name
+        if self._used.get(name, 0) < 1:
+            raise InputError(
+                f"per-example gradients: {name!r} gets a gradient from a forward that was not watched; run one forward "
+                "and one backward inside the watch, and checkpoint with use_reentrant=False"
+            )
+        self._used[name] -= 1
+        self._held.setdefault(name, []).append(form)
+        if self._used[name] == 0:
+            self._settle(name)
+
+    def settle(self) -> None:
+        """Settle the parameters of which some uses got no gradient."""
+        for name in [*self._held]:
+            self._settle(name)
+
+    @torch.no_grad()
+    def _settle(self, name: str) -> None:
+        form: Any = join(self._held.pop(name))
+        if name in self._done:
+            raise InputError(f"per-example gradients: {name!r} got gradients twice; run one backward inside the watch")
+        self._done.add(name)
+        if self.keep:
+            self._kept[name] = form = form.smaller()
+            self._read(name, form)
+        elif self.weigh is not None:
+            form = form.smaller()
+            self._read(name, form)
+            self._into(name, form.total(self.weigh(name, form.squared())))
+        elif isinstance(form, Outer) and (form.narrow > GRAM_BELOW or not self.sums_only):
+            total = form.pairs[0].A.new_empty(form.shape)
+            for rows, block in blocks(form, self.layout.examples, form.dtype, self.scratch):
+                for reader in self.readers:
+                    reader.take(name, rows, block)
+                torch.sum(block, 0, out=total[rows])
+            self._into(name, total)
+        else:
+            self._read(name, form)
+            self._into(name, form.total(None))
+
+    def _read(self, name: str, form: Any) -> None:
+        """Tell the readers; norms come from whatever is fastest."""
+        others = []
+        for reader in self.readers:
+            if isinstance(reader, Norms):
+                reader.squared[name] = form.squared()
+            else:
+                others.append(reader)
+        if others:
+            for rows, block in blocks(form, self.layout.examples, form.dtype, self.scratch):
+                for reader in others:
+                    reader.take(name, rows, block)
+
+    def _into(self, name: str, total: Tensor) -> None:
+        """Add to `.grad`."""
+        if self._silent:
+            return
+        p = self.params[name]
+        total = total.view(p.shape).to(p.dtype)
+        p.grad = total if p.grad is None else p.grad.add_(total)
+
+    @torch.no_grad()
+    def add(self, weight: Tensor | Mapping[str, Tensor]) -> None:
+        """`.grad` += Σ_b weight_b g_b, once, after a watch that kept.
+
+        Args:
+            weight: [B], or parameter → [B].
+        """
+        if not self.keep:
+            raise InputError("nothing was kept to add up: watch with keep=True, and add once")
+        self.keep = False
+        while self._kept:
+            name, form = self._kept.popitem()
+            self._into(name, form.total(weight[name] if isinstance(weight, Mapping) else weight))
+
+    def bypassed(self, name: str, grad: Tensor | None) -> None:
+        """Autograd itself forms a gradient of a watched parameter; None is what its layer returns."""
+        if grad is not None:
+            raise InputError(
+                f"per-example gradients: {name!r} is used outside its layer's forward, where its examples cannot be "
+                "told apart"
+            )
