@@ -102,6 +102,8 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):  # products with out= are not cast for us
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if head is not None:
+        head.watch.rowwise(hidden, "the head")
     h, y = hidden.flatten(0, -2), labels.flatten()
     s = None if share is None else share.flatten()
     live = None
@@ -214,7 +216,7 @@ class _Watched(torch.autograd.Function):
             return _sweep(hidden, weight, bias, labels, chunks)[0]
         collector = head.collect(hidden, len(weight), spans)
         needs = (ctx.needs_input_grad[0], False, False)
-        values, dh, _, _ = _sweep(hidden, weight, bias, labels, chunks, share, needs, collector.visit)
+        values, dh, _, _ = _sweep(hidden, weight, bias, labels, chunks, share, needs, collector.visit, collector.G)
         ctx.formed = dh, collector
         return values
 
@@ -226,7 +228,7 @@ class _Watched(torch.autograd.Function):
         if ctx.formed is None or multiple(upstream, share.masked_fill(labels == IGNORED, 0)) != 1.0:
             collector = ctx.head.collect(hidden, len(weight), ctx.spans)
             needs = (ctx.needs_input_grad[0], False, False)
-            dh = _sweep(hidden, weight, bias, labels, ctx.chunks, upstream, needs, collector.visit)[1]
+            dh = _sweep(hidden, weight, bias, labels, ctx.chunks, upstream, needs, collector.visit, collector.G)[1]
         else:
             dh, collector = ctx.formed
         ctx.formed = None
@@ -236,7 +238,7 @@ class _Watched(torch.autograd.Function):
 
 def evenly(tokens: int, chunk: int) -> list[Piece]:
     """All tokens in chunks."""
-    return [Piece(slice(i, min(i + chunk, tokens)), 0, 0, True, True) for i in range(0, tokens, chunk)]
+    return [Piece(slice(i, min(i + chunk, tokens)), 0, 0) for i in range(0, tokens, chunk)]
 
 
 def multiple(upstream: Tensor, share: Tensor) -> float | None:
@@ -264,6 +266,7 @@ def _sweep(
     upstream: Tensor | None = None,
     needs: Sequence[bool] = (False, False, False),
     visit: Callable[[Piece, Tensor, Tensor, Tensor], None] | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over the chunks: values and gradients.
 
@@ -273,6 +276,7 @@ def _sweep(
         upstream: [N], for weight's and bias's gradient.
         needs: which gradients of hidden, weight, bias to form.
         visit: is shown every chunk's output gradients for upstream 1, inputs, and upstream.
+        room: [N, V], where every chunk may leave its output gradients.
 
     Returns:
         values [N]; hidden's gradient [N, D] for upstream 1 at every token; weight's [V, D] and bias's [V] for
@@ -289,12 +293,14 @@ def _sweep(
     target = labels.masked_fill(masked, 0).unsqueeze(1)
     if upstream is not None:
         upstream = upstream.masked_fill(masked, 0).to(wide).unsqueeze(1)
-    logits = hidden.new_empty(max((piece.tokens.stop - piece.tokens.start for piece in chunks), default=0), words)
+    logits = hidden.new_empty(
+        0 if room is not None else max((piece.tokens.stop - piece.tokens.start for piece in chunks), default=0), words
+    )
     at_once = WORDS_AT_ONCE if hidden.is_cpu else words
     for piece in chunks:
         rows = piece.tokens
         x, y = hidden[rows], target[rows]
-        z = logits[: len(x)]
+        z = logits[: len(x)] if room is None else room[rows]
         for first in range(0, words, at_once):
             part = slice(first, first + at_once)
             if bias is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fallline.contracts import Batch, Couples, Loss
-from fallline.errors import InputError
+from fallline.errors import InputError, NonFiniteError
 from fallline.gradients import backprop, per_example
 from fallline.objectives import causal
 from fallline.step import Run, take_step
@@ -147,4 +147,36 @@ def test_an_unknown_layer_stops_the_first_step() -> None:
     one.model.model.layers[0].mlp.w.requires_grad_(True)
     one.optimizer.add_param_group({"params": [one.model.model.layers[0].mlp.w]})
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp is a Odd"):
+        take_step(one)
+
+
+class SeesAll(causal.Causal):
+    """Says that examples are independent, and weighs each by the mean of all."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        rows = super().forward(model, batch).value["nll"]
+        return Loss({"nll": rows * rows.mean()})
+
+
+def test_examples_that_see_each_other_are_refused_at_every_step() -> None:
+    one = run(build(), part=Keeps(), objective=SeesAll())
+    for _ in range(2):
+        with pytest.raises(InputError, match="not those of one example"):
+            take_step(one)
+
+
+def test_the_first_micro_batch_with_two_examples_is_tried() -> None:
+    one = run(build(), part=Keeps(), objective=SeesAll(), micro=4)
+    one.sampler = Fixed(draw(ids=[1]))
+    take_step(one)
+    one.sampler = Fixed(draw(ids=[1, 3, 5]))
+    with pytest.raises(InputError, match="not those of one example"):
+        take_step(one)
+
+
+def test_a_gradient_that_is_not_finite_is_told_as_ever() -> None:
+    one = run(build(), part=Keeps())
+    with torch.no_grad():
+        one.model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="example ids"):
         take_step(one)

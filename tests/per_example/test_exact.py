@@ -99,8 +99,7 @@ def test_examples_longer_and_shorter_than_a_chunk(
 def test_gram_and_product_forms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = made(llama), rows_batch()
     for share in (0.0, 1e9):
-        monkeypatch.setattr("fallline.per_example.watch.GRAM_BELOW", share)
-        monkeypatch.setattr("fallline.per_example.head.GRAM_BELOW", share)
+        monkeypatch.setattr("fallline.per_example.forms.GRAM_BELOW", share)
         verify(model, lambda: losses(model, data), data)
     monkeypatch.setattr("fallline.per_example.forms.BLOCK_BYTES", 1000)
     verify(model, lambda: losses(model, data), data)

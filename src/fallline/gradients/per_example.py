@@ -15,18 +15,18 @@ Cost: that of `backprop` and what `fallline.per_example` adds, nothing where nob
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from ..catalog import Card
 from ..contracts import Signals
 from ..options import Options
-from ..per_example import Norms, PerExample, check
+from ..per_example import Norms
 from ..problem import Problem
 from ..ranks import all_sum
 from .backprop import Backprop
+from .watched import Watched
 
 CARD = Card(
     id="per-example",
@@ -58,7 +58,7 @@ class PerExampleNorms:
 
     def __init__(self) -> None:
         self._plain = Backprop()
-        self._engine: PerExample | None = None
+        self._watched = Watched()
 
     def __call__(self, problem: Problem) -> Signals:
         """Add the gradient to `.grad`.
@@ -73,7 +73,7 @@ class PerExampleNorms:
         want = problem.want & GIVES
         if not want:
             return self._plain(problem)
-        engine = self._fitting(problem)
+        engine = self._watched.tried(problem)
         terms = [term for term in problem.total if term]
         total, whole, parts = problem.zero(), [problem.zero()[None][:0]], [problem.zero().new_zeros(0, len(terms))]
         for i, batch in enumerate(problem.micro):
@@ -95,19 +95,6 @@ class PerExampleNorms:
         scale = problem.total[""]
         found = {"example_grad_norm": torch.cat(whole), "example_term_grad_norm": torch.cat(parts)}
         return {"loss": all_sum(total)} | {name: scale * found[name].sqrt().to(scale) for name in want}
-
-    def _fitting(self, problem: Problem) -> PerExample:
-        """The engine for what is trained now, tried once."""
-        if self._engine is None or not self._engine.fits(problem.params):
-            objective: Any = problem.run.objective
-            self._engine = PerExample(problem.run.model, objective if isinstance(objective, nn.Module) else None)
-
-            def rows() -> Tensor:
-                return torch.stack(list(problem.table(0).values())).sum(0)
-
-            if problem.micro:
-                check(self._engine, problem.micro[0], rows)
-        return self._engine
 
 
 def build(config: Config) -> PerExampleNorms:

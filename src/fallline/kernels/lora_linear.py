@@ -37,6 +37,8 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     """
     watch = watching()
     uses = (None, None) if watch is None else (watch.use(A), watch.use(B))
+    if watch is not None and uses != (None, None):
+        x = watch.rowwise(x, "a layer with an adapter")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)

@@ -11,7 +11,7 @@ by design. What is known about a layer is in `layers.py`; what is not known is r
 that is used past its layer is noticed in the backward. `check` compares with an ordinary backward of one example.
 
 Source: the norm product of Goodfellow (2015), ghost clipping (Li et al., 2021) and book-keeping (Bu et al., 2022); here
-each parameter's gradients take the smaller of their two forms.
+each parameter's gradients take, of their two forms, the one that costs less.
 """
 
 from .check import check

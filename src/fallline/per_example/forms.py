@@ -19,14 +19,26 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .layout import Spans
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 """Most bytes of a block of per-example gradients. Measured on CPU: larger ones gain nothing."""
 
-GRAM_BELOW = 1 / 3
-"""Gram matrices pay where they take less than this share of the product's operations: they come on top of the sum over
-examples, for which the product need only be added up. Measured on CPU."""
+GRAM_BELOW = 40
+"""Norms of T tokens' factors come from Gram matrices where T² (m + n) is less than this many times m n, else from the
+product. Measured on CPU: forming the product costs next to nothing beyond the sum over examples, which is due anyway,
+but the memory it passes through, so what counts is the operations of the Gram matrices for each of its numbers."""
+
+ROUNDING = 4
+"""What norms from Gram matrices may lose, in units of eps (Σ_t ‖a_t‖ ‖g_t‖)²; with room for the sum formed later."""
+
+PRODUCT_FROM = 0.5
+"""Products are kept in place of factors where those take at least this share of their memory: with a product there,
+norm and weighted sum cost nothing more."""
+
+
+TWICE = "a head that is used twice in a forward, or an embedding after it, needs keep=True"
 
 
 class Form(Protocol):
@@ -40,11 +52,11 @@ class Form(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the gradients."""
 
-    def smaller(self) -> Form:
-        """The same, or its product, whichever takes less memory."""
+    def kept(self) -> Form:
+        """What to keep for a weighted sum: the same, or its product."""
 
-    def squared(self) -> Tensor:
-        """[B], in at least float32."""
+    def squared(self, bound: bool = False) -> Tensor:
+        """[B], in at least float32. `bound`: not less than the truth, though rounding may have cancelled it."""
 
     def total(self, weight: Tensor | None) -> Tensor:
         """Σ_b weight_b g_b, [m, n]; None: all one."""
@@ -59,7 +71,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def squares(block: Tensor) -> Tensor:
-    """[B], the squared norms of [B, …, n]. Row by row: of millions of numbers at once, float32 loses the fourth digit."""
+    """[B], the squared norms of [B, …, n]. Row by row: of millions at once, float32 loses the third digit."""
     return torch.linalg.vector_norm(block, dim=-1, dtype=wide(block.dtype)).square().flatten(1).sum(1)
 
 
@@ -97,11 +109,40 @@ class Pair(NamedTuple):
     spans: Spans
 
 
+def gram_pays(tokens: float, m: int, n: int) -> bool:
+    """Do Gram matrices of that many tokens give norms sooner than the product [m, n]?"""
+    return tokens**2 * (m + n) < GRAM_BELOW * m * n
+
+
+def keep_factors(tokens: float, m: int, n: int) -> bool:
+    """Factors of that many tokens, or the product [m, n], for a weighted sum?"""
+    share = tokens * (m + n) / (m * n)
+    return share < (1 if gram_pays(tokens, m, n) else PRODUCT_FROM)
+
+
+class Grams:
+    """A Aᵀ of the latest inputs A [B, T, n]: layers side by side, such as query, key and value, have the same."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def of(self, A: Tensor) -> Tensor:
+        """[B, T, T]."""
+        if self._latest is not None:
+            held, gram = self._latest
+            if held.data_ptr() == A.data_ptr() and held.shape == A.shape and held.stride() == A.stride():
+                return gram
+        gram = torch.bmm(A, A.transpose(1, 2))
+        self._latest = A, gram  # held, so that no other tensor can come to lie there
+        return gram
+
+
 @dataclass(frozen=True)
 class Outer:
     """G_bᵀ A_b, summed over the uses of a shared layer."""
 
     pairs: tuple[Pair, ...]
+    grams: Grams
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,31 +159,42 @@ class Outer:
         return self.pairs[0].A.dtype
 
     @property
-    def narrow(self) -> float:
-        """T (m + n) / (m n): factors by product, both in numbers to keep and in operations for norms."""
-        m, n = self.shape
-        return sum(pair.spans.mean for pair in self.pairs) * (m + n) / (m * n)
+    def gram_pays(self) -> bool:
+        """Do Gram matrices give the norms sooner than the product?"""
+        return gram_pays(sum(pair.spans.mean for pair in self.pairs), *self.shape)
 
-    def squared(self) -> Tensor:
+    def squared(self, bound: bool = False) -> Tensor:
         if all(spans.even is not None for _, _, spans in self.pairs):
-            A, G = (torch.cat([part(p) for p in self.pairs], 1) for part in (_inputs, _outputs))
-            grams = torch.bmm(A, A.transpose(1, 2)), torch.bmm(G, G.transpose(1, 2))
-            found = (grams[0] * grams[1]).sum((1, 2), dtype=wide(self.dtype))
+            A, G = (_along([part(p) for p in self.pairs], 1) for part in (_inputs, _outputs))
+            products = torch.bmm(G, G.transpose(1, 2)).mul_(self.grams.of(A))
+            found = products.sum((1, 2), dtype=wide(self.dtype))
         else:
             found = torch.stack([self._gram(b) for b in range(self.number)])
-        return found.clamp_(min=0)  # below zero only by rounding
+        found = found.clamp_(min=0)  # below zero only by rounding
+        return found + ROUNDING * torch.finfo(self.dtype).eps * self._reach().square() if bound else found
+
+    def _reach(self) -> Tensor:
+        """[B], Σ_t ‖a_t‖ ‖g_t‖: no sum of rounding errors is larger than a multiple of eps of this."""
+        found: Tensor | None = None
+        for A, G, spans in self.pairs:
+            lengths = (torch.linalg.vector_norm(t, dim=1, dtype=wide(self.dtype)) for t in (A, G))
+            each = spans.sums(torch.mul(*lengths))
+            found = each if found is None else found + each
+        assert found is not None
+        return found
 
     def _gram(self, b: int) -> Tensor:
         spans = [pair.spans.ends[b] for pair in self.pairs]
-        A = torch.cat([pair.A[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)])
-        G = torch.cat([pair.G[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)])
+        A = _along([pair.A[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)], 0)
+        G = _along([pair.G[i:j] for pair, (i, j) in zip(self.pairs, spans, strict=True)], 0)
         return ((A @ A.t()) * (G @ G.t())).sum(dtype=wide(A.dtype))
 
     def total(self, weight: Tensor | None) -> Tensor:
         found: Tensor | None = None
         for A, G, spans in self.pairs:
             if weight is not None:
-                A = A * spans.spread(weight).to(A.dtype).unsqueeze(1)
+                c = spans.spread(weight).to(A.dtype).unsqueeze(1)
+                A, G = (A * c, G) if A.shape[1] < G.shape[1] else (A, G * c)
             found = G.t() @ A if found is None else found.addmm_(G.t(), A)
         assert found is not None
         return found
@@ -150,8 +202,12 @@ class Outer:
     def block(self, rows: slice, out: Tensor) -> Tensor:
         for i, (A, G, spans) in enumerate(self.pairs):
             if spans.even is not None:
-                g, a = G.view(spans.number, spans.even, -1)[:, :, rows], A.view(spans.number, spans.even, -1)
-                torch.baddbmm(out, g.transpose(1, 2), a, beta=int(i > 0), out=out)
+                pair = Pair(A, G, spans)
+                g, a = _outputs(pair)[:, :, rows], _inputs(pair)
+                if i:
+                    out.baddbmm_(g.transpose(1, 2), a)
+                else:
+                    torch.bmm(g.transpose(1, 2), a, out=out)
             else:
                 for one, (start, stop) in zip(out, spans.ends, strict=True):
                     torch.addmm(one, G[start:stop, rows].t(), A[start:stop], beta=int(i > 0), out=one)
@@ -162,17 +218,22 @@ class Outer:
         m, n = self.shape
         return Whole(self.block(slice(0, m), self.pairs[0].A.new_empty(self.number, m, n)))
 
-    def smaller(self) -> Form:
-        """Factors or product, whichever takes less memory."""
-        return self if self.narrow < 1 else self.product()
+    def kept(self) -> Form:
+        """Factors or product."""
+        return self if keep_factors(sum(pair.spans.mean for pair in self.pairs), *self.shape) else self.product()
+
+
+def _along(parts: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _inputs(pair: Pair) -> Tensor:
-    return pair.A.view(pair.spans.number, -1, pair.A.shape[1])
+    return pair.A.view(pair.spans.number, len(pair.A) // max(1, pair.spans.number), pair.A.shape[1])
 
 
 def _outputs(pair: Pair) -> Tensor:
-    return pair.G.view(pair.spans.number, -1, pair.G.shape[1])
+    return pair.G.view(pair.spans.number, len(pair.G) // max(1, pair.spans.number), pair.G.shape[1])
 
 
 @dataclass(frozen=True)
@@ -201,7 +262,7 @@ class Rows:
     def dtype(self) -> torch.dtype:
         return self.D.dtype
 
-    def squared(self) -> Tensor:
+    def squared(self, bound: bool = False) -> Tensor:
         keys, place = torch.unique(self.owner * self.words + self.ids, return_inverse=True)
         sums = self.D.new_zeros(len(keys), self.D.shape[1], dtype=wide(self.D.dtype))
         sums.index_add_(0, place, self.D.to(sums.dtype))
@@ -221,10 +282,10 @@ class Rows:
         """Add to what is in `out`."""
         here = ((self.ids >= rows.start) & (self.ids < rows.stop) & (self.owner < self.number)).nonzero().squeeze(1)
         place = self.owner[here] * (rows.stop - rows.start) + self.ids[here] - rows.start
-        out.flatten(0, 1).index_add_(0, place, self.D[here])
+        out.flatten(0, 1).index_add_(0, place, self.D[here].to(out.dtype))
         return out
 
-    def smaller(self) -> Form:
+    def kept(self) -> Form:
         """They are small."""
         return self
 
@@ -243,7 +304,7 @@ class Whole:
     def dtype(self) -> torch.dtype:
         return self.V.dtype
 
-    def squared(self) -> Tensor:
+    def squared(self, bound: bool = False) -> Tensor:
         return squares(self.V)
 
     def total(self, weight: Tensor | None) -> Tensor:
@@ -254,7 +315,7 @@ class Whole:
     def block(self, rows: slice, out: Tensor) -> Tensor:
         return self.V[:, rows]
 
-    def smaller(self) -> Form:
+    def kept(self) -> Form:
         """It is what there is."""
         return self
 
@@ -274,7 +335,7 @@ class Tied:
     def dtype(self) -> torch.dtype:
         return self.head.dtype
 
-    def squared(self) -> Tensor:
+    def squared(self, bound: bool = False) -> Tensor:
         number = self.rows.number
         cross = self.rows.D.new_zeros(number, dtype=wide(self.dtype))
         for b in range(number):
@@ -282,8 +343,8 @@ class Tied:
             for A, G, spans in self.head.pairs:
                 start, stop = spans.ends[b]
                 both = G[start:stop, self.rows.ids[at]].t() @ A[start:stop]  # the head's gradient in the rows of at
-                cross[b] += (both * self.rows.D[at]).sum(dtype=cross.dtype)
-        return (self.head.squared() + self.rows.squared() + 2 * cross).clamp_(min=0)
+                cross[b] += (both * self.rows.D[at].to(both.dtype)).sum(dtype=cross.dtype)
+        return (self.head.squared(bound) + self.rows.squared() + 2 * cross).clamp_(min=0)
 
     def total(self, weight: Tensor | None) -> Tensor:
         return self.head.total(weight) + self.rows.total(weight)
@@ -291,12 +352,12 @@ class Tied:
     def block(self, rows: slice, out: Tensor) -> Tensor:
         return self.rows.add(rows, self.head.block(rows, out))
 
-    def smaller(self) -> Form:
-        if self.head.narrow < 1:
-            return self
-        whole = self.head.product()
-        self.rows.add(slice(0, self.shape[0]), whole.V)
-        return whole
+    def kept(self) -> Form:
+        head = self.head.kept()
+        if isinstance(head, Whole):
+            self.rows.add(slice(0, self.shape[0]), head.V)
+            return head
+        return self
 
 
 @dataclass(frozen=True)
@@ -315,22 +376,22 @@ class Summed:
     def dtype(self) -> torch.dtype:
         return self.sum.dtype
 
-    def squared(self) -> Tensor:
+    def squared(self, bound: bool = False) -> Tensor:
         return self.norms
 
     def total(self, weight: Tensor | None) -> Tensor:
-        assert weight is None
         return self.sum
 
     def block(self, rows: slice, out: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def smaller(self) -> Form:
+    def kept(self) -> Form:
         return self
 
     def plus(self, rows: Rows) -> Summed:
-        """With an embedding's."""
-        assert rows.head is not None
+        """With an embedding's, which came before the head in the forward."""
+        if rows.head is None:
+            raise InputError(TWICE)
         cross = (rows.head * rows.D).sum(1, dtype=self.norms.dtype)
         both = self.norms.new_zeros(rows.number + 1).index_add_(0, rows.owner, cross)[:-1]
         found = self.norms + rows.squared().to(self.norms.dtype) + 2 * both
@@ -353,18 +414,18 @@ def join(forms: Sequence[Form]) -> Form:
         return Whole(V)
     if summed:
         if len(summed) > 1 or outers:
-            raise NotImplementedError("a head that is used twice in one forward")
+            raise InputError(TWICE)
         found = summed[0]
         for row in rows:
             found = found.plus(row)
         return found
-    outer = Outer(tuple(pair for form in outers for pair in form.pairs))
+    pairs = tuple(pair for form in outers for pair in form.pairs)
     if not rows:
-        return outer
+        return Outer(pairs, outers[0].grams)
     row = replace(
         rows[0],
         ids=torch.cat([form.ids for form in rows]),
         D=torch.cat([form.D for form in rows]),
         owner=torch.cat([form.owner for form in rows]),
     )
-    return Tied(outer, row) if outers else row
+    return Tied(Outer(pairs, outers[0].grams), row) if outers else row

@@ -3,7 +3,7 @@
 The chunked cross-entropy visits the head's output gradients g [c, V] while a chunk is there. Where norms are all that
 is asked, they are taken then, each example's gradient [V, D] existing for a moment or, for short examples, not at all;
 a head that is also the embedding keeps of each example the rows of its tokens, T · D numbers, from which the cross
-terms follow exactly. Otherwise factors [T, V] or products [V, D] are kept, whichever are smaller.
+terms follow exactly. Otherwise factors [T, V] or products [V, D] are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .forms import GRAM_BELOW, Outer, Pair, Summed, Whole, blocks, squares, wide
+from .forms import Grams, Outer, Pair, Summed, Whole, blocks, keep_factors, squares, wide
 from .layout import Spans
 from .watch import Use, Watch, watching
 
@@ -23,14 +23,15 @@ class Piece(NamedTuple):
 
     Attributes:
         tokens: which. first, last: the examples first … last − 1. whole: are they whole?
-        done: does the last of them end here?
+        begins, ends: of one that is not whole, is this its first piece, its last?
     """
 
     tokens: slice
     first: int
     last: int
-    whole: bool
-    done: bool
+    whole: bool = True
+    begins: bool = True
+    ends: bool = True
 
 
 def pieces(spans: Spans, size: int) -> list[Piece]:
@@ -40,17 +41,17 @@ def pieces(spans: Spans, size: int) -> list[Piece]:
     for b, (_, stop) in enumerate(spans.ends):
         stop = max(stop, reached)
         if stop - at > size and b > first:
-            found.append(Piece(slice(at, reached), first, b, True, True))
+            found.append(Piece(slice(at, reached), first, b))
             at, first = reached, b
         if stop - at > size:
-            while at < stop:
-                end = min(at + size, stop)
-                found.append(Piece(slice(at, end), b, b + 1, False, end == stop))
-                at = end
+            for start in range(at, stop, size):
+                end = min(start + size, stop)
+                found.append(Piece(slice(start, end), b, b + 1, False, start == at, end == stop))
+            at = stop
             first = b + 1
         reached = stop
     if at < spans.tokens or first < spans.number:
-        found.append(Piece(slice(at, spans.tokens), first, spans.number, True, True))
+        found.append(Piece(slice(at, spans.tokens), first, spans.number))
     return found
 
 
@@ -86,20 +87,21 @@ class Collector:
         self.embedded: list[Use] = []
         if head.weight is None:
             return
-        mean = spans.mean
         if head.watch.sums_only:
             self.squared = hidden.new_zeros(number, dtype=sums)
             self.total = hidden.new_zeros(words, features, dtype=sums)
             self.embedded = head.watch.embeddings(head.weight.name)
             for use in self.embedded:
                 use.head = hidden.new_zeros(use.ids.numel(), features, dtype=sums)
-        elif mean * (words + features) < words * features:
+        elif keep_factors(spans.mean, words, features):
             self.A, self.G = torch.empty_like(hidden), hidden.new_empty(tokens, words)
         else:
             self.V = hidden.new_zeros(number, words, features)
 
     def visit(self, piece: Piece, g: Tensor, x: Tensor, upstream: Tensor) -> None:
         """A chunk: output gradients g [c, V] for upstream 1, inputs x [c, D], upstream [c, 1]."""
+        if piece.first == piece.last:
+            return  # tokens of nobody's
         start = piece.tokens.start
         ends = [(i - start, j - start) for i, j in self.spans.ends[piece.first : piece.last]]
         if not piece.whole:
@@ -112,7 +114,9 @@ class Collector:
             return
         A = (upstream * x).to(x.dtype)
         if self.A is not None and self.G is not None:
-            self.A[piece.tokens], self.G[piece.tokens] = A, g
+            self.A[piece.tokens] = A
+            if g.data_ptr() != self.G[piece.tokens].data_ptr():
+                self.G[piece.tokens] = g
         elif self.V is not None:
             for b, (i, j) in enumerate(ends, piece.first):
                 self.V[b].addmm_(g[i:j].t(), A[i:j])
@@ -130,10 +134,10 @@ class Collector:
         scratch = self.head.watch.scratch
         if not piece.whole:
             mine = scratch.take(tuple(self.total.shape), self.total.dtype)
-            if piece.tokens.start == self.spans.ends[piece.first][0]:
+            if piece.begins:
                 mine.zero_()
             mine.addmm_(g.t().to(mine.dtype), A.to(mine.dtype))
-            if piece.done:
+            if piece.ends:
                 self.squared[piece.first] = mine.square().sum()
                 self.total += mine
             return
@@ -143,11 +147,14 @@ class Collector:
         )
         if length is not None:
             A, g = A[ends[0][0] : ends[-1][1]], g[ends[0][0] : ends[-1][1]]
-        outer = Outer((Pair(A, g, Spans(tuple(ends), length, len(A), A.device)),))
+        outer = Outer((Pair(A, g, Spans(tuple(ends), length, len(A), A.device)),), Grams())
         some = slice(piece.first, piece.last)
-        if outer.narrow < GRAM_BELOW:
+        if outer.gram_pays:
             self.squared[some] = outer.squared().to(self.squared.dtype)
-            self.total += outer.total(None)
+            if self.total.dtype == A.dtype:
+                self.total.addmm_(g.t(), A)
+            else:
+                self.total += g.t() @ A
             return
         for rows, block in blocks(outer, len(ends), g.dtype, scratch):
             self.squared[some] += squares(block)
@@ -161,7 +168,7 @@ class Collector:
         if weight is None:
             return
         if self.A is not None and self.G is not None:
-            weight.arrive(Outer((Pair(self.A, self.G, self.spans),)))
+            weight.arrive(Outer((Pair(self.A, self.G, self.spans),), Grams()))
         elif self.V is not None:
             weight.arrive(Whole(self.V))
         elif self.squared is not None and self.total is not None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from .watch import Use, Watch
 
@@ -113,6 +115,11 @@ class _Embedding(torch.autograd.Function):
 
 
 def _embedding_layer(watch: Watch, layer: nn.Embedding, ids: Tensor) -> Tensor:
+    if ids.dim() == 1 and len(ids) == watch.layout.length:
+        raise InputError(
+            f"per-example gradients: {watch.path(layer)} gets {len(ids)} words, which may be one a row or those of "
+            "each row; give them for each row"
+        )
     ids = watch.rowwise(ids.unsqueeze(-1), watch.path(layer)).squeeze(-1)
     use = watch.use(layer.weight, ids)
     if use is None:
@@ -197,7 +204,9 @@ class _Conv(torch.autograd.Function):
             return torch.ops.aten.convolution_backward(g, x, W, None, *rest)
 
         dx = gradient(x, g, W, groups, [True, False, False])[0] if ctx.needs_input_grad[0] else None
-        if weight is not None:
+        if weight is not None and not len(x):
+            weight.whole(W.new_zeros(0, len(W), W[0].numel()))
+        elif weight is not None:
             number = len(x)
             side = (1, -1, *x.shape[2:]), (1, -1, *g.shape[2:])
             many = W.repeat(number, *[1] * (W.dim() - 1))

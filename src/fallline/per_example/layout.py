@@ -83,9 +83,9 @@ class Layout:
 
     Attributes:
         rows: R. examples: B.
-        length: L, tokens in a row, of a packed batch; else None.
+        length: L, tokens in a row, where it is known; always of a packed batch.
         packed: the spans of a packed batch's R · L tokens; None where row b is example b.
-        device: of the batch.
+        device: where the gradients are.
     """
 
     rows: int
@@ -99,28 +99,33 @@ class Layout:
         if self.packed is not None:
             return self.packed
         each = tokens // max(1, self.rows)
+        if each * self.rows != tokens:
+            raise InputError(f"per-example gradients: {tokens} tokens cannot be parted into {self.rows} rows")
         return Spans(tuple((b * each, (b + 1) * each) for b in range(self.rows)), each, tokens, self.device)
 
     def fits(self, shape: torch.Size) -> bool:
-        """Can a layer's input of this shape, features last, be parted into examples? [R, …, d], or the rows' tokens one
-        after another [R · T, d]."""
-        if self.length is not None:
-            flat = len(shape) == 2 and shape[0] == self.rows * self.length
-            return flat or tuple(shape[:2]) == (self.rows, self.length)
-        return shape[0] == self.rows or (len(shape) == 2 and shape[0] % self.rows == 0)
+        """Can a layer's input of this shape, features last, be parted into examples? [R, …, d], or all tokens of the
+        batch one after another [R · L, d]."""
+        if len(shape) == 2 and self.length is not None and shape[0] == self.rows * self.length:
+            return True
+        if self.packed is not None:
+            return tuple(shape[:2]) == (self.rows, self.length)
+        return shape[0] == self.rows
 
 
-def layout(batch: Mapping[str, Tensor] | int) -> Layout:
-    """The layout of a batch with `example_id` and, when packed, `segment` [R, L]; or of B rows.
+def layout(batch: Mapping[str, Tensor] | int, device: torch.device) -> Layout:
+    """The layout of a batch with `example_id`, perhaps `input_ids` [R, L], and, when packed, `segment` [R, L]; or of B
+    rows.
 
     Raises:
         InputError: a packed example's tokens do not lie together.
     """
     if isinstance(batch, int):
-        return Layout(batch, batch, None, None, torch.device("cpu"))
+        return Layout(batch, batch, None, None, device)
     number = len(batch["example_id"])
     if "segment" not in batch:
-        return Layout(number, number, None, None, batch["example_id"].device)
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else None
+        return Layout(number, number, length, None, device)
     segment = batch["segment"]
     ids, sizes = segment.flatten().cpu().unique_consecutive(return_counts=True)
     stop = sizes.cumsum(0)
@@ -132,5 +137,5 @@ def layout(batch: Mapping[str, Tensor] | int) -> Layout:
         seen.add(b)
         if b >= 0:
             ends[b] = (first, last)
-    spans = Spans(tuple(ends), None, segment.numel(), segment.device)
-    return Layout(len(segment), number, segment.shape[1], spans, segment.device)
+    spans = Spans(tuple(ends), None, segment.numel(), device)
+    return Layout(len(segment), number, segment.shape[1], spans, device)

@@ -29,9 +29,16 @@ class Reader(Protocol):
 class Norms:
     """Squared norms.
 
+    Args:
+        bound: rounding may lose the norm of a gradient that is small against the factors it is made of; then rather too
+            large than too small, ordinarily by some 1e-5, so that what is clipped by it is clipped.
+
     Attributes:
         squared: parameter → [B], of the parameters that were used, in at least float32.
     """
+
+    def __init__(self, bound: bool = False) -> None:
+        self.bound = bound
 
     def begin(self, number: int, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
         self.squared: dict[str, Tensor] = {}
@@ -79,7 +86,12 @@ class Along:
         unknown = [name for name in self.direction if name not in shapes]
         if unknown:
             raise InputError(f"the direction has {unknown[0]!r}, which is no trained parameter")
-        self._matrix = {name: v.reshape(shapes[name]) for name, v in self.direction.items()}
+        self._matrix = {}
+        for name, v in self.direction.items():
+            m, n = shapes[name]
+            if v.numel() != m * n:
+                raise InputError(f"the direction has {list(v.shape)} for {name!r}, which has {m * n} numbers")
+            self._matrix[name] = v.reshape(m, n).to(device)
         self.total = torch.zeros(number, device=device)
 
     def take(self, name: str, rows: slice, block: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
-from .forms import GRAM_BELOW, Form, Outer, Pair, Rows, Scratch, Whole, blocks, join
+from .forms import Form, Grams, Outer, Pair, Rows, Scratch, Whole, blocks, join
 from .layers import known, matrix, odd, rule, watched_linear
 from .layout import Layout, Spans, layout
 from .readers import Norms, Reader
@@ -68,6 +71,8 @@ class PerExample:
                 self._layers += _layers(root, prefix)
         self._name = {id(p): name for name, p in self.params.items()}
         self._scratch: dict[torch.device, Scratch] = {}
+        roots = [root for root in (model, objective) if root is not None]
+        self._coupling = [m for root in roots for m in root.modules() if isinstance(m, _BatchNorm)]
 
     def fits(self, params: Mapping[str, nn.Parameter]) -> bool:
         """Are these the parameters it was made for?"""
@@ -87,33 +92,40 @@ class PerExample:
             batch: has `example_id` [B] and, when packed, `segment` [R, L]; or B, the number of rows.
             readers: see `readers.py`.
             keep: leave `.grad` alone and keep the per-example gradients, each parameter's as factors or product,
-                whichever takes less memory, for `Watch.add`.
-            weigh: (parameter, squared norms [B]) → weights [B] of its examples in the sum that goes to `.grad`.
+                whichever costs less, for `Watch.add`.
+            weigh: (parameter, squared norms [B], as of `Norms(bound=True)`) → weights [B] of its examples in the sum
+                that goes to `.grad`.
 
         Raises:
             InputError: a layer's input cannot be parted into examples, or a trained parameter is used past its layer.
         """
         if _ACTIVE:
             raise InputError("per-example gradients are watched already; end that watch first")
-        made = layout(batch)
-        device = next(iter(self.params.values())).device if self.params else made.device
+        frozen = [name for name, p in self.params.items() if not p.requires_grad]
+        if frozen:
+            raise InputError(f"per-example gradients: {frozen[0]!r} was frozen since; make the engine anew")
+        if any(m.training for m in self._coupling):
+            raise InputError("per-example gradients: batch normalisation in training lets examples see each other")
+        device = next(iter(self.params.values())).device if self.params else torch.device("cpu")
+        made = layout(batch, device)
         scratch = self._scratch.setdefault(device, Scratch(device))
         watch = Watch(made, self.params, self._name, self._layers, readers, keep, weigh, scratch)
         shapes = {name: matrix(p) for name, p in self.params.items()}
         for reader in readers:
             reader.begin(made.examples, shapes, device)
-        hooks = [p.register_hook(partial(watch.bypassed, name)) for name, p in self.params.items()]
+        hooks = []
         before = {name: p.grad for name, p in self.params.items()}
         _ACTIVE.append(watch)
         try:
+            hooks += [p.register_hook(partial(watch.bypassed, name)) for name, p in self.params.items()]
             for _, layer in self._layers:
-                layer.forward = partial(watch.run, layer)
+                layer.forward = _Forward(watch, layer)
             with torch.compiler.set_stance("force_eager"):
                 yield watch
             watch.settle()
         except BaseException:
             for name, p in self.params.items():
-                p.grad = before[name]
+                p.grad = before[name]  # where there was one, it may have been added to
             raise
         finally:
             _ACTIVE.pop()
@@ -121,6 +133,22 @@ class PerExample:
                 vars(layer).pop("forward", None)
             for hook in hooks:
                 hook.remove()
+
+
+class _Forward:
+    """The forward of a layer that is watched; in a copy of the layer, its own."""
+
+    def __init__(self, watch: Watch | None, layer: nn.Module) -> None:
+        self.watch, self.layer = watch, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.watch is not None and self.watch is watching():
+            return self.watch.run(self.layer, *args, **kwargs)
+        plain: Tensor = type(self.layer).forward(self.layer, *args, **kwargs)
+        return plain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        return _Forward(None, copy.deepcopy(self.layer, memo))
 
 
 def _layers(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
@@ -140,8 +168,8 @@ def _layers(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
         elif own and rule(module) is None:
             option = f" with {odd(module)}" if odd(module) else ""
             raise InputError(
-                f"per-example gradients: {prefix}{path} is a {type(module).__name__}{option}, whose {own[0]} is "
-                f"trained; known are {known()}"
+                f"per-example gradients: {prefix}{path or 'the model'} is a {type(module).__name__}{option}, whose "
+                f"{own[0]} is trained; known are {known()}"
             )
         elif own and "forward" in vars(module):
             raise InputError(f"per-example gradients: the forward of {prefix}{path} was replaced, so it is not known")
@@ -173,7 +201,10 @@ class Use:
     def outer(self, A: Tensor, G: Tensor) -> None:
         """A linear layer's inputs A [..., n] and output gradients G [..., m], of all rows' tokens in order."""
         A, G = (t.reshape(-1, t.shape[-1]) for t in (A, G))
-        self.arrive(Outer((Pair(A, G, self.watch.layout.spans(len(A))),)))
+        if self.watch.weighted:  # sums that are weighted by norms must not be rounded more coarsely than those
+            dtype = torch.promote_types(A.dtype, self.watch.params[self.name].dtype)
+            A, G = A.to(dtype), G.to(dtype)
+        self.arrive(Outer((Pair(A, G, self.watch.layout.spans(len(A))),), self.watch.grams))
 
     def summed(self, G: Tensor) -> None:
         """A bias's: output gradients G [..., m]."""
@@ -214,7 +245,7 @@ class Watch:
         self.keep, self.weigh = keep, weigh
         self._names, self._paths = names, {id(layer): path for path, layer in layers}
         self._rules = {id(layer): rule(layer) for _, layer in layers}
-        self.scratch = scratch
+        self.scratch, self.grams = scratch, Grams()
         self._noted: dict[str, int] = {}  # uses in the forward
         self._used: dict[str, int] = {}  # those of them that are still to arrive
         self._silent = False
@@ -231,13 +262,22 @@ class Watch:
         if not torch.is_grad_enabled():
             plain: Tensor = type(layer).forward(layer, *args, **kwargs)
             return plain
+        if kwargs:
+            args, kwargs = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).args[1:], {}
         found: Tensor = apply(self, layer, *args, **kwargs)
         return found
 
     def use(self, p: Tensor, ids: Tensor | None = None) -> Use | None:
         """Note that the forward uses a parameter; None where it is not watched."""
+        if not torch.is_grad_enabled():
+            return None
         name = self._names.get(id(p))
-        if name is None or not torch.is_grad_enabled():
+        if name is None:
+            if p.requires_grad:
+                raise InputError(
+                    f"per-example gradients: a weight {list(p.shape)} that requires a gradient is none of the trained "
+                    "parameters: it is computed from others, or was thawed since the engine was made"
+                )
             return None
         use = Use(self, name, ids)
         if torch._C._current_graph_task_id() == -1:  # else a checkpointed layer runs again, whose uses are noted
@@ -254,6 +294,11 @@ class Watch:
     def sums_only(self) -> bool:
         """Is all that is asked norms, and the plain sum over examples?"""
         return not self.keep and self.weigh is None and all(isinstance(reader, Norms) for reader in self.readers)
+
+    @property
+    def weighted(self) -> bool:
+        """Will there be a weighted sum?"""
+        return self.keep or self.weigh is not None
 
     def path(self, layer: nn.Module) -> str:
         """A layer's path."""
@@ -324,18 +369,21 @@ class Watch:
 
     @torch.no_grad()
     def _settle(self, name: str) -> None:
-        form: Any = join(self._held.pop(name))
+        try:
+            form: Any = join(self._held.pop(name))
+        except InputError as error:
+            raise InputError(f"per-example gradients: {name!r}: {error}") from None
         if name in self._done:
             raise InputError(f"per-example gradients: {name!r} got gradients twice; run one backward inside the watch")
         self._done.add(name)
         if self.keep:
-            self._kept[name] = form = form.smaller()
+            self._kept[name] = form = form.kept()
             self._read(name, form)
         elif self.weigh is not None:
-            form = form.smaller()
+            form = form.kept()
             self._read(name, form)
-            self._into(name, form.total(self.weigh(name, form.squared())))
-        elif isinstance(form, Outer) and (form.narrow > GRAM_BELOW or not self.sums_only):
+            self._into(name, form.total(self.weigh(name, form.squared(bound=True))))
+        elif isinstance(form, Outer) and not (form.gram_pays and self.sums_only):
             total = form.pairs[0].A.new_empty(form.shape)
             for rows, block in blocks(form, self.layout.examples, form.dtype, self.scratch):
                 for reader in self.readers:
@@ -351,7 +399,7 @@ class Watch:
         others = []
         for reader in self.readers:
             if isinstance(reader, Norms):
-                reader.squared[name] = form.squared()
+                reader.squared[name] = form.squared(reader.bound)
             else:
                 others.append(reader)
         if others:
