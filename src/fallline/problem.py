@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from . import linalg
 from .contracts import STEP_GIVES, Batch, Loss, Signals
 from .errors import InputError, NonFiniteError, nearest
 from .noise import seed_forward
@@ -75,7 +76,8 @@ class Problem:
     def table(self, i: int) -> dict[str, Tensor]:
         """Micro-batch i's terms × examples, {term: [b]}, normalised: summed over all of it and all ranks, the loss."""
         run, batch = self.run, self.micro[i]
-        seed_forward(run.seed, run.step, f"model/{rank()}/{i}", run.device)  # the same dropout when asked again
+        seed = getattr(run.estimator, "secret", run.seed)  # dropout of a private run is private too
+        seed_forward(seed, run.step, f"model/{rank()}/{i}", run.device)  # the same when asked again
         weight = batch["weight"]
         share = {term: weight / n for term, n in self.total.items()}
         extra: dict[str, Tensor] = {}
@@ -97,6 +99,10 @@ class Problem:
         if i not in self._first:
             self._first[i] = Loss(_detached(value), _detached(loss.metrics))
         return {term: v * share[term] for term, v in value.items()}
+
+    def rows(self, i: int) -> Tensor:
+        """Micro-batch i's part of the loss by example, [b]."""
+        return torch.stack(list(self.table(i).values())).sum(0)
 
     def loss(self, i: int) -> Tensor:
         """Micro-batch i's part of the loss, []."""
@@ -123,7 +129,7 @@ class Problem:
         total = [torch.zeros_like(p, requires_grad=False) for p in ps]
         for i in range(len(self.micro)):
             with twice_differentiable():
-                rows = torch.stack(list(self.table(i).values())).sum(0)
+                rows = self.rows(i)
                 u = torch.ones_like(rows, requires_grad=True)
                 g = torch.autograd.grad(rows, ps, u, create_graph=True, materialize_grads=True)
                 along = torch.stack([(a * b).sum() for a, b in zip(g, direction, strict=True)]).sum()
@@ -158,7 +164,7 @@ class Problem:
         with torch.no_grad():
             by_name = {name: p.grad for name, p in self.params.items() if p.grad is not None}
             grads, zero = list(by_name.values()), self.zero()
-            norms = torch.stack(torch._foreach_norm(grads, 2, zero.dtype)) if grads else zero.new_zeros(0)
+            norms = linalg.norms(grads, zero.dtype) if grads else zero.new_zeros(0)
             norm = norms.norm()
             if not bool(torch.isfinite(found["loss"] + norm)):
                 raise NonFiniteError(self._diagnosis(found["loss"], norm))

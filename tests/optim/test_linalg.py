@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from fallline.linalg import column_norms, norm, row_norms
+from fallline.linalg import column_norms, norm, norms, row_norms
 from fallline.optim import create
 
 
@@ -54,3 +54,10 @@ def sharded(rank: int, meeting: str) -> None:
 @pytest.mark.slow
 def test_sharded(tmp_path: Path):
     mp.spawn(sharded, args=(str(tmp_path / "meeting"),), nprocs=2)
+
+
+def test_norms_of_large_tensors_keep_their_digits():
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3000, 2000, generator=g), torch.randn(7, generator=g), torch.zeros(5, 5)]
+    true = torch.stack([t.double().norm() for t in tensors])
+    torch.testing.assert_close(norms(tensors, torch.float32).double(), true, rtol=1e-6, atol=0)
