@@ -1,5 +1,8 @@
 """What each word of the training step promises the others. The text with the reasons is docs/contracts.md.
 
+Sampler, objective, estimator, optimizer, schedule and parts may also have `check(run)`: called once when the run is put
+together, before its state is loaded, to refuse what they cannot work with.
+
 > **data** gives a batch → the **objective** scores it on the **model** → the **gradient** estimator turns scores into
 > gradients → the **optimizer** turns gradients into an update → the **schedule** says how large.
 
@@ -114,7 +117,8 @@ class Change:
 
 class Source(Protocol):
     """Examples by id. `len(source)` examples; `rows` [rows + 1] says that packed row r holds the examples
-    rows[r] … rows[r + 1] − 1, and is None where each example is a row of its own."""
+    rows[r] … rows[r + 1] − 1, and is None where each example is a row of its own. May also have `unit`, what one
+    example is, such as ``line``, where no two examples are of the same one; empty where they may be."""
 
     @property
     def rows(self) -> Tensor | None: ...
@@ -127,7 +131,8 @@ class Source(Protocol):
 
 
 class Sampler(Protocol):
-    """Which examples. May also have `prepare(run, batch) → batch`, `reads` with `observe(run, signals)`, and state."""
+    """Which examples. May also have `prepare(run, batch) → batch`, `reads` with `observe(run, signals)`, and state; and
+    `rate`, the probability with which every example is drawn, independently of all others, at every step."""
 
     def draw(self, step: int, rng: torch.Generator) -> Draw: ...
 

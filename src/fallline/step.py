@@ -37,6 +37,7 @@ class Run:
         model, objective, source, sampler, estimator, optimizer, schedule: the words of the step.
         micro: rows per forward.
         seed, step: with the state of the words and the marks, all that a step depends on.
+        steps: how many there will be, or None: nobody has said.
         parts: adapters, switches, probes, in order.
         clip: largest global gradient norm, or None.
         coefficients: weight of each term that blocks add through `aux`.
@@ -58,6 +59,7 @@ class Run:
     micro: int
     seed: int = 0
     step: int = 0
+    steps: int | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     clip: float | None = None
     coefficients: dict[str, float] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Run:
         Raises:
             InputError: a signal that nobody gives; a closure on an estimator that cannot be asked twice; a part with
                 the name of something else in the state; a trained parameter that the optimizer does not hold or that
-                model and objective both have.
+                model and objective both have; whatever a word's own `check` refuses.
         """
         for name in self.parts:
             if name in (*self.WORDS, *self.COUNTS):
@@ -99,6 +101,10 @@ class Run:
                     )
         if getattr(self.optimizer, "needs_closure", False) and not self.estimator.repeatable:
             raise InputError("this optimizer evaluates the loss several times a step, which this estimator forbids")
+        for word in (self.sampler, self.objective, self.estimator, self.optimizer, self.schedule, *self.parts.values()):
+            check: Callable[[Run], None] | None = getattr(word, "check", None)
+            if check is not None:
+                check(self)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in forward order, the objective's own last."""

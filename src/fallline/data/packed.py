@@ -43,6 +43,7 @@ class PackedSource:
         length: L, tokens in a row.
         pad: token id for what a draw leaves empty.
         asked: [T] bool, whether a token is a label, of the position before it in its piece; None: all are.
+        unit: what each example is alone of, such as ``line``; empty: several may be of one document.
     """
 
     tokens: NDArray[Any]
@@ -52,6 +53,7 @@ class PackedSource:
     length: int
     pad: int
     asked: NDArray[np.bool_] | None = None
+    unit: str = ""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -156,6 +158,7 @@ def pack_whole(
     order: NDArray[np.int64],
     length: int,
     pad: int,
+    unit: str = "",
 ) -> PackedSource:
     """Put examples into rows without cutting any, by best fit: longest first, each where the least room is left over.
 
@@ -168,6 +171,7 @@ def pack_whole(
             random.
         length: L, tokens in a row.
         pad: token id for padding.
+        unit: see `PackedSource`.
     """
     rows: list[list[int]] = []
     having: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room left in them
@@ -188,4 +192,4 @@ def pack_whole(
     rows.sort(key=lambda row: int(order[row[0]]))
     chosen = np.array([example for row in rows for example in row], np.int64)
     ends = np.cumsum([0, *map(len, rows)])
-    return PackedSource(tokens, start[chosen], size[chosen], torch.from_numpy(ends), length, pad, asked)
+    return PackedSource(tokens, start[chosen], size[chosen], torch.from_numpy(ends), length, pad, asked, unit)

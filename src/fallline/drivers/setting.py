@@ -112,6 +112,7 @@ def build(recipe: Recipe) -> Setting:
         schedule=schedule,
         micro=settings.micro or settings.batch,
         seed=settings.seed,
+        steps=settings.steps,
         parts={p.id: p.module.build(p.options) for p in recipe.probes},
         clip=settings.clip,
         device=device,
@@ -138,6 +139,8 @@ def build(recipe: Recipe) -> Setting:
             "architecture": type(model).__name__,
         },
     }
+    if hasattr(estimator, "record"):
+        record |= estimator.record()
     return Setting(recipe, run, dataset, clock, record)
 
 
