@@ -71,7 +71,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, corpus: Path) -> Non
     save_model(tmp_path / "base", byte_tokenizer())
     adapter_run(tmp_path / "run", tmp_path / "base", corpus)
     save_model(tmp_path / "base", byte_tokenizer(), seed=1)
-    with pytest.raises(InputError, match=r"the base model '.*base' has changed since .*run trained its adapter"):
+    with pytest.raises(InputError, match=r"the model '.*base' that .*run began with has changed since"):
         open_trained(str(tmp_path / "run"))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(InputError, match=r"there is no model folder '.*base'"):

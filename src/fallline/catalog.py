@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "gradients": ("estimator",),
     "optim": ("optimizer",),
     "schedules": ("schedule",),
-    "probes": ("probe",),
+    "probes": ("probe", "audit"),
 }
 KINDS = tuple(kind for kinds in ROOMS.values() for kind in kinds)
 
@@ -53,7 +53,8 @@ class Card:
         kind: the recipe key that picks it, one of `KINDS`.
         summary: one line.
         paper: title; `year`, `repository` (authors' code) and `equation` where they exist.
-        reads: signals it reads. gives: signals it makes. needs: what must be true of the run, in words.
+        reads: signals it reads; an ``audit``, fields of `probes.attack.Seen`. gives: signals it makes. needs: what must
+            be true of the run, in words.
         acts_on: ``element``, ``row``, ``matrix`` or ``group``: what of a tensor the rule looks at together.
         couples: for objectives, ``none``, ``group`` or ``batch``.
         state_bytes: parameter role → bytes of optimizer state in float32, an expression in ``n`` (elements), ``rows``,

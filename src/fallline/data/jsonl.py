@@ -137,7 +137,9 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
     lines = list(read(config, tokenizer is not None and bool(tokenizer.chat_template)))
     if not lines:
         raise InputError(f"{_WHAT}: the files of 'path' are all empty or blank")
+    unit = "line"
     if tokenizer is None:
+        unit = "line, given the tokenizer that was learned from all of them"
         documents = [Document(e.id, (e.prompt or "") + e.answer) for _, e, _ in lines if isinstance(e, Plain)]
         tokenizer = learned_tokenizer(documents, contents(documents).fingerprint, config.vocab)
     encoded = encode(lines, tokenizer, config.length)
@@ -145,7 +147,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
 
     held_out = _held_out(lines, encoded, config)[encoded.line]
     pad = padding(tokenizer)
-    train, validation = (_packed(lines, encoded, side, config.length, pad) for side in (~held_out, held_out))
+    train, validation = (_packed(lines, encoded, side, config.length, pad, unit) for side in (~held_out, held_out))
     for name, source in (("train on", train), ("validate on", validation)):
         if len(source) == 0:
             raise InputError(
@@ -277,12 +279,16 @@ def _held_out(lines: Sequence[Line], encoded: Encoded, config: Config) -> NDArra
     return side <= max(config.validation * 2.0**63, side[encoded.line].min())
 
 
-def _packed(lines: Sequence[Line], encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int) -> PackedSource:
+def _packed(
+    lines: Sequence[Line], encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int, unit: str
+) -> PackedSource:
     chosen = np.flatnonzero(side)
     part = np.arange(len(encoded.line)) - np.searchsorted(encoded.line, encoded.line)  # of a long text
     names = (f"data/order/{lines[encoded.line[i]].example.id}#{part[i]}" for i in chosen)
     order = np.fromiter((key(0, 0, name) for name in names), np.int64)
-    return pack_whole(encoded.tokens, encoded.asked, encoded.start[chosen], encoded.size[chosen], order, length, pad)
+    start, size = encoded.start[chosen], encoded.size[chosen]
+    unit = "" if part[chosen].any() else unit
+    return pack_whole(encoded.tokens, encoded.asked, start, size, order, length, pad, unit)
 
 
 def _labels(source: PackedSource) -> int:

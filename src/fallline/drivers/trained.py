@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .. import adapters, checkpoint
 from ..adapters.peft import CONFIG as ADAPTER
 from ..catalog import entries, find
+from ..data.dataset import Dataset
 from ..errors import InputError, nearest
 from ..models.base import ModelOptions
 from ..models.identity import fingerprint
@@ -39,6 +41,21 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
     folder: Path | None
     adapter: bool = False
+
+
+class Record(NamedTuple):
+    """What a run wrote down of its beginning.
+
+    Attributes:
+        whole: all of run.json.
+        dtype: of the weights.
+        model, data: SHA-256 of what it began with.
+    """
+
+    whole: dict[str, Any]
+    dtype: torch.dtype
+    model: str
+    data: str
 
 
 def open_trained(name: str, device: str = "auto") -> Trained:
@@ -131,26 +148,55 @@ def load(path: str, device: torch.device) -> Opened:
 
 
 def base_of_run(run: Path, folder: Path, device: torch.device) -> Opened:
-    """The model that a run put its adapter on, built as the run built it.
+    """The model that a run began with, and put its adapter on if it has one, built as the run built it.
 
     Raises:
-        InputError: the base cannot be built, or is not what it was; run.json is damaged.
+        InputError: it cannot be built, or is not what it was; run.json is damaged.
     """
+    record = record_of_run(run)
     recipe = Recipe.load(run)
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        dtype, sha256 = DTYPES[record["precision"]], record["model"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run / 'run.json'} is damaged ({error!r})") from None
     module = recipe.model.module
     options = replace(recipe.model.options, checkpointing=False, compile=False)  # these are for training
     tokenizer = _tokenizer(folder) or module.tokenizer(options)
     length, seed = recipe.data.options.length, recipe.settings.seed
-    model = module.build(options, tokenizer=tokenizer, length=length, seed=seed, dtype=dtype, device=device)
-    if fingerprint(model) != sha256:
+    model = module.build(options, tokenizer=tokenizer, length=length, seed=seed, dtype=record.dtype, device=device)
+    if fingerprint(model) != record.model:
         base = getattr(options, "path", recipe.model.id)
-        raise InputError(f"the base model {base!r} has changed since {run} trained its adapter; bring the old one back")
+        raise InputError(f"the model {base!r} that {run} began with has changed since; bring the old one back")
     return model, tokenizer
+
+
+def data_of_run(run: Path) -> Dataset:
+    """The data that a run trained on, made as the run made it.
+
+    Raises:
+        InputError: not a run, or its data is gone or has changed since; run.json is damaged.
+    """
+    record = record_of_run(run)
+    recipe = Recipe.load(run)
+    brought = recipe.model.module.tokenizer(recipe.model.options)
+    dataset: Dataset = recipe.data.module.build(recipe.data.options, brought)
+    if dataset.fingerprint != record.data:
+        raise InputError(f"the data of {run} has changed since it was trained; bring the old data back")
+    return dataset
+
+
+def record_of_run(run: Path) -> Record:
+    """What a run wrote down when it began.
+
+    Raises:
+        InputError: there is no run.json, or it is damaged.
+    """
+    path = run / "run.json"
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        return Record(whole, DTYPES[whole["precision"]], whole["model"]["sha256"], whole["data"]["sha256"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{run} is not the folder of a run: there is no run.json, which tells how it was trained"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r})") from None
 
 
 def base_of_adapter(folder: Path, device: torch.device) -> Opened:
