@@ -22,7 +22,9 @@ __all__ = [
     "IGNORED",
     "chunk_size",
     "full_cross_entropy",
+    "label_counts",
     "linear_cross_entropy",
+    "mean_losses",
     "per_example",
     "per_token",
     "plain_head",
@@ -53,6 +55,25 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | 
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
     return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, share=share)
+
+
+def mean_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Each example's mean −log p per label under a causal language model; 0 for an example without a label.
+
+    Args:
+        model: a 🤗 causal language model.
+        batch: `labels` [R, L], and what `token_losses` and `per_example` read.
+
+    Returns:
+        [B] nats, float64.
+    """
+    each = 1 / label_counts(batch).clamp(min=1).double()
+    return per_example(token_losses(model, batch, per_token(each, batch)).double(), batch) * each
+
+
+def label_counts(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many labels each example has, [B] int64."""
+    return per_example((batch["labels"] != IGNORED).long(), batch)
 
 
 def plain_head(model: nn.Module, device: torch.device) -> bool:

@@ -122,6 +122,26 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=8, metavar="N", help="examples at a time (default: 8)")
     evaluate.add_argument("--out", metavar="FILE", help="write the harness's results here, as JSON")
 
+    audit = commands.add_parser(
+        "audit",
+        allow_abbrev=False,
+        help="how well can be told from a trained model what it was trained on",
+        description="Membership inference: score members and non-members, and report ROC, AUC and TPR at low FPR: "
+        "fallline audit runs/mine --members trained.jsonl --non-members held-out.jsonl",
+        epilog=EPILOG,
+    )
+    audit.add_argument("run", metavar="RUN", help="the folder of a run")
+    audit.add_argument("--members", metavar="FILE", required=True, help="JSON Lines that the run was trained on")
+    audit.add_argument("--non-members", metavar="FILE", required=True, help="such as it was not, otherwise alike")
+    audit.add_argument(
+        "--methods",
+        metavar="a,b",
+        help="default: all; loss and blind (words and lengths) are always reported beside them",
+    )
+    audit.add_argument("--out", metavar="FOLDER", help="where the report goes (default: RUN/audit)")
+    audit.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU when there is one)")
+    audit.add_argument("--batch", type=int, default=8, metavar="N", help="packed rows at a time (default: 8)")
+
     export = commands.add_parser(
         "export",
         allow_abbrev=False,
@@ -132,6 +152,25 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="the folder of a run; with --merge also of a PEFT adapter")
     export.add_argument("out", metavar="OUT", help="a folder that is not there or empty")
     export.add_argument("--merge", action="store_true", help="add the adapter into the weights: a model without one")
+
+    score = commands.add_parser(
+        "score",
+        allow_abbrev=False,
+        help="score training examples by how hard short runs find them, to keep some",
+        description="Score the training examples of a run, or of several of the same data and average, for the sampler "
+        "data-diet: fallline score runs/short-1 runs/short-2 --by el2n --out scores.safetensors",
+        epilog=EPILOG,
+    )
+    score.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a short run; best ten, of different seeds")
+    score.add_argument(
+        "--by",
+        choices=("el2n", "grand", "loss"),
+        required=True,
+        help="the norm of the error in the output, or of the gradient, or the loss",
+    )
+    score.add_argument("--out", metavar="FILE", required=True, help="where the scores go: a file that is not there")
+    score.add_argument("--batch", type=int, default=8, metavar="N", help="packed rows at a time (default: 8)")
+    score.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU when there is one)")
 
     methods = commands.add_parser(
         "methods",
@@ -223,10 +262,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .evaluate import evaluate
 
             return evaluate(args)
+        if args.command == "audit":
+            from .audit import audit
+
+            return audit(args, sys.argv[1:] if argv is None else argv)
         if args.command == "export":
             from .export import export
 
             return export(args.run, args.out, args.merge)
+        if args.command == "score":
+            from .score import score
+
+            return score(args)
         from .train import train
 
         return train(args.recipe, [*args.overrides, *rest], args.resume, args.print_recipe, args.quiet)

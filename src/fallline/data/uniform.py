@@ -37,35 +37,50 @@ class Config(Options):
 
 
 @dataclass
-class Uniform:
-    """See the module docstring; a `Sampler`.
+class Epochs:
+    """Which rows each step takes, so that every row comes once an epoch; see the module docstring.
 
     Attributes:
-        source: whose rows.
+        number: of rows there are.
         rows: R, packed rows a step.
         seed: of the run.
     """
 
-    source: Source
+    number: int
     rows: int
     seed: int
     _latest: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), init=False, repr=False)
 
-    def draw(self, step: int, rng: torch.Generator) -> Draw:
-        """All examples of this step's rows, weight 1."""
-        number = len(self.source) if self.source.rows is None else len(self.source.rows) - 1
+    def __call__(self, step: int) -> Tensor:
+        """[R] int64, 0 … `number` − 1."""
         at, stop, rows = step * self.rows, (step + 1) * self.rows, []
         while at < stop:
-            epoch, place = divmod(at, number)
-            rows.append(self._order(epoch, number)[place : place + stop - at])
+            epoch, place = divmod(at, self.number)
+            rows.append(self._order(epoch)[place : place + stop - at])
             at += len(rows[-1])
-        return whole_rows(self.source.rows, torch.cat(rows))
+        return torch.cat(rows)
 
-    def _order(self, epoch: int, number: int) -> Tensor:
+    def _order(self, epoch: int) -> Tensor:
         if self._latest[0] != epoch:
-            order = torch.randperm(number, generator=rng(self.seed, epoch, "sampler/epoch"))
+            order = torch.randperm(self.number, generator=rng(self.seed, epoch, "sampler/epoch"))
             self._latest = epoch, order
         return self._latest[1]
+
+
+@dataclass
+class Uniform:
+    """All examples of the rows of `epochs`, weight 1; a `Sampler`.
+
+    Attributes:
+        source: whose rows.
+        epochs: which of them.
+    """
+
+    source: Source
+    epochs: Epochs
+
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
+        return whole_rows(self.source.rows, self.epochs(step))
 
 
 def build(config: Config, source: Source, rows: int, seed: int) -> Uniform:
@@ -74,6 +89,20 @@ def build(config: Config, source: Source, rows: int, seed: int) -> Uniform:
     Raises:
         InputError: no rows a step.
     """
+    check_rows(rows)
+    return Uniform(source, Epochs(number_of_rows(source), rows, seed))
+
+
+def check_rows(rows: int) -> None:
+    """Refuse a step of nothing.
+
+    Raises:
+        InputError: no rows a step.
+    """
     if rows < 1:
         raise InputError(f"a step needs at least 1 row, got {rows}")
-    return Uniform(source, rows, seed)
+
+
+def number_of_rows(source: Source) -> int:
+    """Packed rows, or examples where each is a row."""
+    return len(source) if source.rows is None else len(source.rows) - 1
