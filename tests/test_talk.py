@@ -217,7 +217,15 @@ class Terminal:
         self.fd, slave = pty.openpty()
         command = [sys.executable, "-m", "fallline", *argv]
         env = os.environ | {"TERM": "dumb"}
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env)
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            # what a shell starts in the background ignores interrupts, which is inherited; on a terminal nothing does
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         os.close(slave)
         self.seen = b""
 

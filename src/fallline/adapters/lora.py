@@ -43,8 +43,7 @@ CARD = Card(
         "equation and gradients in float64; 50 steps agree with PEFT's to 1e-7 in float64; checkpoints of either load "
         "in the other with equal logits after training. SmolLM2-135M-Instruct on 25 invented facts: 50 of 50 rephrased "
         "questions right, 0 before; loss on unrelated text up by 0.23 nats (python benchmarks/invented_facts.py). A "
-        "step takes 0.88 of PEFT's time, at a peak of 975 MiB against 1216 "
-        "(python benchmarks/lora_step.py --pairs 25). Not compared with full fine-tuning"
+        "step takes 0.88 of PEFT's time (python benchmarks/lora_step.py --pairs 21). Not compared with full fine-tuning"
     ),
     evidence=("benchmarks/results/invented_facts.json", "benchmarks/results/lora_step.json"),
     departures="scales by α/√r unless told otherwise; the paper and PEFT by α/r",
