@@ -68,8 +68,12 @@ CARD = Card(
     claim="97% on MNIST at (8, 1e-5), 73% on CIFAR-10 at (8, 1e-5)",
     checked=(
         "all four ways to clip against float64 one-at-a-time backward; noise by chi-square; ε against the RDP and PRV "
-        "accountants; effect not shown"
+        "accountants. A small Llama on 1000 invented people at ε = 8, δ = 5e-4: loss on other people "
+        "5.55 → 1.76, without privacy 1.03 at its best; membership by gradient norm AUC "
+        "0.512 [0.486, 0.537], by loss 0.547 [0.522, 0.573], both above 0.997 where learned by heart "
+        "(python benchmarks/membership.py)"
     ),
+    evidence=("benchmarks/results/membership.json",),
     departures=(
         "the denominator is the expected number of examples, as in later accountants, in place of a fixed lot; "
         "automatic clipping keeps C as a factor, where the authors' code pins it to 1; per-layer normalisation acts on "
