@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..catalog import Card
 from ..contracts import Batch, Couples, Loss
 from ..options import Options
-from ..tokens import IGNORED, per_example, per_token, token_losses
+from ..tokens import label_counts, per_example, per_token, token_losses
 
 CARD = Card(
     id="causal",
@@ -50,7 +50,7 @@ class Causal(nn.Module):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """How many labels of each example are asked, [B] int64."""
-        return {"nll": per_example((batch["labels"] != IGNORED).long(), batch)}
+        return {"nll": label_counts(batch)}
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         share = per_token(batch["share/nll"], batch) if "share/nll" in batch else None

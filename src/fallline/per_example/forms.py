@@ -23,12 +23,12 @@ from ..errors import InputError
 from .layout import Spans
 
 BLOCK_BYTES = 16 << 20
-"""Most bytes of a block of per-example gradients. Measured on CPU: larger ones gain nothing."""
+"""Most bytes of a block of per-example gradients. From trial runs on CPU that were not kept: larger gained nothing."""
 
 GRAM_BELOW = 40
 """Norms of T tokens' factors come from Gram matrices where T² (m + n) is less than this many times m n, else from the
-product. Measured on CPU: forming the product costs next to nothing beyond the sum over examples, which is due anyway,
-but the memory it passes through, so what counts is the operations of the Gram matrices for each of its numbers."""
+product: that costs next to nothing beyond the sum over examples, which is due anyway, but the memory it passes through,
+so what counts is the Gram matrices' operations for each of its numbers. From trial runs on CPU that were not kept."""
 
 ROUNDING = 4
 """What norms from Gram matrices may lose, in units of eps (Σ_t ‖a_t‖ ‖g_t‖)²; with room for the sum formed later."""
@@ -159,9 +159,14 @@ class Outer:
         return self.pairs[0].A.dtype
 
     @property
+    def tokens(self) -> float:
+        """T, in the mean over examples."""
+        return sum(pair.spans.mean for pair in self.pairs)
+
+    @property
     def gram_pays(self) -> bool:
         """Do Gram matrices give the norms sooner than the product?"""
-        return gram_pays(sum(pair.spans.mean for pair in self.pairs), *self.shape)
+        return gram_pays(self.tokens, *self.shape)
 
     def squared(self, bound: bool = False) -> Tensor:
         if all(spans.even is not None for _, _, spans in self.pairs):
@@ -220,7 +225,7 @@ class Outer:
 
     def kept(self) -> Form:
         """Factors or product."""
-        return self if keep_factors(sum(pair.spans.mean for pair in self.pairs), *self.shape) else self.product()
+        return self if keep_factors(self.tokens, *self.shape) else self.product()
 
 
 def _along(parts: list[Tensor], dim: int) -> Tensor:

@@ -110,9 +110,7 @@ class PerExample:
         made = layout(batch, device)
         scratch = self._scratch.setdefault(device, Scratch(device))
         watch = Watch(made, self.params, self._name, self._layers, readers, keep, weigh, scratch)
-        shapes = {name: matrix(p) for name, p in self.params.items()}
-        for reader in readers:
-            reader.begin(made.examples, shapes, device)
+        watch.begin(readers)
         hooks = []
         before = {name: p.grad for name, p in self.params.items()}
         _ACTIVE.append(watch)
@@ -254,6 +252,12 @@ class Watch:
         self._done: set[str] = set()
         self._kept: dict[str, Form] = {}
 
+    def begin(self, readers: Sequence[Reader]) -> None:
+        """Tell readers that a pass begins."""
+        shapes = {name: matrix(p) for name, p in self.params.items()}
+        for reader in readers:
+            reader.begin(self.layout.examples, shapes, self.scratch.device)
+
     # What layers ask.
 
     def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -340,10 +344,7 @@ class Watch:
         if self.keep:
             raise InputError("per-example gradients that are kept are those of one backward")
         self.settle()
-        for reader in readers:
-            reader.begin(
-                self.layout.examples, {name: matrix(p) for name, p in self.params.items()}, self.scratch.device
-            )
+        self.begin(readers)
         self.readers, self.weigh, self._used, self._silent = readers, None, dict(self._noted), True
         self._done.clear()
 

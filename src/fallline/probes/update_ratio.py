@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..catalog import Card
 from ..contracts import Change, Signals
+from ..linalg import norms, sum_dtype
 from ..options import Options, option
 from ..step import Run
 
@@ -56,15 +57,20 @@ class UpdateRatio:
         if self._before:
             now = run.trainable()
             kept = {n: old for n, old in self._before.items() if n in now and now[n].shape == old.shape}
-            size = torch.stack(torch._foreach_norm(list(kept.values()))).norm()
+            size = whole(list(kept.values()))
             moved = torch._foreach_sub(list(kept.values()), [now[n].detach() for n in kept])
-            self._ratio = torch.stack(torch._foreach_norm(moved)).norm() / size
+            self._ratio = whole(moved) / size
             self._before = {}
         return ()
 
     def metrics(self) -> dict[str, float]:
         """{"update_ratio": …} when the last step was looked at, else nothing."""
         return {} if self._ratio is None else {"update_ratio": self._ratio.item()}
+
+
+def whole(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖₂ of all together, []."""
+    return norms(tensors, sum_dtype(tensors[0])).norm()
 
 
 def build(config: Config) -> UpdateRatio:
