@@ -157,8 +157,8 @@ class Estimator(Protocol):
     """Turns this step's problem into gradients: sets `.grad`, summed over ranks (`problem.reduce()`), and returns
     signals, always `loss`, the whole step's loss summed over ranks. Sums begin at `problem.zero()`, so that a rank
     without examples takes part in every exchange. Of ``example_…`` signals it returns this rank's rows, which the
-    step gathers; every other signal is already that of all ranks. It may have `secret`, from which dropout is then drawn
-    in place of the run's seed, and `record()`, what the run's record shall say of it."""
+    step gathers; every other signal is already that of all ranks. It may have `secret`, from which dropout is then
+    drawn in place of the run's seed, and `record()`, what the run's record shall say of it."""
 
     gives: ClassVar[frozenset[str]]
     repeatable: ClassVar[bool]  # may a closure ask again? False for private estimators

@@ -15,11 +15,12 @@ each parameter's gradients take, of their two forms, the one that costs less.
 """
 
 from .check import check
+from .engine import PerExample
 from .head import HeadGradients, Piece, pieces
 from .layers import known
 from .layout import Spans
 from .readers import Along, Dots, Norms, Reader, Sketch
-from .watch import PerExample, Use, Watch, linear, watching
+from .watch import Use, Watch, linear, watching
 
 __all__ = [
     "Along",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .engine import PerExample
 from .readers import Norms
-from .watch import PerExample
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative, of an example's norm in low precision; 1e-3 otherwise."""

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .forms import Grams, Outer, Pair, Summed, Whole, blocks, keep_factors, squares, wide
+from .forms import Grams, Outer, Pair, Whole, blocks, keep_factors, squares, wide
+from .joined import Summed
 from .layout import Spans
 from .watch import Use, Watch, watching
 
