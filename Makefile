@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test peers lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The tests that compare with optimizers of others, which stay out of .venv: see peers.txt.
+peers: install .peers/.installed
+	PYTHONPATH=.peers $(BIN)/python -m pytest -m peer tests/optim
+
+.peers/.installed: peers.txt
+	rm -rf .peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .peers -r peers.txt
+	@touch $@
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,4 +35,4 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peers .pytest_cache .mypy_cache .ruff_cache

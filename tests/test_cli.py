@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from fallline import __version__
 from fallline.cli.main import main
@@ -41,8 +42,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_are_listed_and_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "memory"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["optimizer", "scale"]
+    assert "scale" in [line.split()[1] for line in lines]
     assert not any(line.startswith("schedule") for line in lines)
+    assert main(["methods", "newton-schulz"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["optimizer", "muon"]
     assert main(["methods", "zebra"]) == 2
     assert "no method matches 'zebra'" in capsys.readouterr().err
 
@@ -86,3 +89,37 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["train", "x.yaml", "--resum"])
     assert error.value.code == 2
+
+
+def test_roles_are_shown_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optim", "roles", "7b"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("7b: 6,738,415,616 parameters in 291 tensors\n")
+    assert "matrix: 6,476,005,376 parameters" in shown
+    assert "  model.layers.*.mlp.down_proj.weight  [4096 × 11008] in 32 layers" in shown
+    assert "head: 131,072,000 parameters\n  lm_head.weight  [32000 × 4096]" in shown
+
+
+def test_roles_of_a_tied_folder_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert main(["optim", "roles", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model.embed_tokens.weight"] == {"role": "head", "shape": [32, 8]}
+    assert found["model.norm.weight"]["role"] == "vector"
+    assert main(["optim", "roles", str(tmp_path)]) == 0
+    assert "tied, trained under the name above: lm_head.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("60M", "model '60M' is neither a preset nor a folder; did you mean '60m'?"),
+        ("./nothing", "there is no model folder './nothing'"),
+    ],
+)
+def test_roles_of_no_model(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optim", "roles", name]) == 2
+    assert message in capsys.readouterr().err

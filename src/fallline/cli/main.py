@@ -181,6 +181,21 @@ def parser() -> argparse.ArgumentParser:
     methods.add_argument("query", metavar="QUERY", nargs="*", help="words to look for; or: show ID")
     methods.add_argument("--json", action="store_true", help="cards as JSON")
 
+    optim = commands.add_parser(
+        "optim",
+        help="what optimizers see of a model",
+        description="What optimizers see of a model.",
+    )
+    asked = optim.add_subparsers(dest="ask", metavar="WHAT", required=True)
+    roles = asked.add_parser(
+        "roles",
+        allow_abbrev=False,
+        help="the role of each parameter",
+        description="The role of each parameter, on which the rules of optimizers depend; weights are not loaded.",
+    )
+    roles.add_argument("model", metavar="MODEL", help="tiny … 7b, a 🤗 folder or hub id, or the folder of a run")
+    roles.add_argument("--json", action="store_true", help="name → role and shape, as JSON")
+
     demo = commands.add_parser(
         "demo",
         allow_abbrev=False,
@@ -238,6 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .methods import methods
 
             return methods(args.query, as_json=args.json)
+        if args.command == "optim":
+            from .optim import roles
+
+            return roles(args.model, as_json=args.json)
         if args.command == "demo":
             from .demo import demo
 
