@@ -266,4 +266,9 @@ def test_state_of_another_shape_begins_anew_by_default():
     train(optimizer, params, 0, 2)
     old, _ = params["layers.0.weight"]
     optimizer.remap([Change("layers.0.weight", old, nn.Parameter(torch.zeros(6, 5)))])
-    assert torch.equal(optimizer.state_dict()["state"]["layers.0.weight"]["rownorms"]["norms"], torch.zeros(6))
+    assert "layers.0.weight" not in optimizer.state_dict()["state"]
+    params["layers.0.weight"] = optimizer.param_groups[0]["params"][0], "matrix"
+    train(optimizer, params, 2, 3)
+    state = optimizer.state_dict()["state"]["layers.0.weight"]
+    assert state["step"] == 1
+    assert torch.equal(state["rownorms"]["norms"], torch.ones(6))

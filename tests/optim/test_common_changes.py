@@ -10,7 +10,8 @@ from fallline.contracts import Change
 from fallline.optim.base import Named
 
 from .parameters import equal, make, parameters, tensors, through_disk, train, values
-from .table import ROWS, Row
+from .rows import Row
+from .table import ROWS
 
 each = pytest.mark.parametrize("row", ROWS, ids=str)
 

@@ -17,7 +17,8 @@ from fallline.optim.clipping import AdaClip, AdaGN
 from fallline.optim.transform import Context
 
 from .parameters import SHAPES, equal, gradient, make, parameters, tensors, through_disk, train, values
-from .table import ROWS, stable_spam
+from .rows.steadied import stable_spam
+from .table import ROWS
 
 OPTIONS = next(row.options for row in ROWS if row.id == "stable-spam")
 NAME = "layers.0.up.weight"

@@ -15,12 +15,12 @@ a gradient is left alone, state included. The arithmetic is at least float32 wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..contracts import Change
 from ..errors import InputError
@@ -134,9 +134,12 @@ class ChainOptimizer(Named):
         for name, (_, role) in found.trained.items():
             self._rule(role, name)
         transforms = [t for rule in rules.values() for t in rule.transforms]
-        self._measures = any(type(t).measure is not Transform.measure for t in transforms)
+        self._measures = any(measures(t) for t in transforms)
         self.separable = not any(t.scope != "leaf" for t in transforms)
-        named = {role: " → ".join(label for label, _ in rule.items()) or "as is" for role, rule in rules.items()}
+        named = {
+            role: " → ".join(label + transform.told() for label, transform in rule.items()) or "as is"
+            for role, rule in rules.items()
+        }
 
         def options(role: Role) -> dict[str, float]:
             lr = rates.get(role, next(iter(rates.values())))
@@ -196,7 +199,7 @@ class ChainOptimizer(Named):
             if not state:
                 state["step"] = 0
                 for label, transform in self._rule(group["role"], name).items():
-                    state[label] = transform.init(p)
+                    state[label] = transform.init(unsharded(p) if transform.whole else p)
             visits.append((Context(name, p, p.grad, state["step"], lr, self.seed), state))
         return visits
 
@@ -207,9 +210,12 @@ class ChainOptimizer(Named):
             for ctx, state in members:
                 rule = self.rules[group["role"]]
                 for label, transform in rule.items():
+                    if not measures(transform):
+                        continue
                     place = place_of(transform, rule, label, ctx)
                     reduce[place] = transform.reduce
-                    for key, value in transform.measure(ctx.grad, state[label], ctx).items():
+                    g = ctx.grad.full_tensor() if transform.whole and isinstance(ctx.grad, DTensor) else ctx.grad
+                    for key, value in transform.measure(g, state[label], ctx).items():
                         parts.setdefault(place, {}).setdefault(key, []).append((ctx.name, value))
 
         def reduced(values: list[tuple[str, Tensor]], how: str) -> Tensor:
@@ -220,8 +226,18 @@ class ChainOptimizer(Named):
         return {at: {key: reduced(v, reduce[at]) for key, v in found.items()} for at, found in parts.items()}
 
     def followed(self, state: State, change: Change, role: Role) -> State:
-        rule = self.rules[role]
-        return {"step": state["step"]} | {label: t.remap(state[label], change) for label, t in rule.items()}
+        found: State = {"step": state["step"]}
+        for label, transform in self.rules[role].items():
+            kept = transform.remap(state[label], unsharded_change(change) if transform.whole else change)
+            if kept is None:
+                return {}
+            found[label] = kept
+        return found
+
+
+def measures(transform: Transform) -> bool:
+    """Whether it looks at gradients before any parameter is updated."""
+    return type(transform).measure is not Transform.measure
 
 
 def place_of(transform: Transform, rule: Chain, label: str, ctx: Context) -> tuple[Any, ...]:
@@ -245,10 +261,31 @@ def apply(rule: Chain, ctx: Context, state: State, decay: float, found: Found) -
     u = ctx.grad.to(torch.promote_types(sum_dtype(ctx.grad), ctx.param.dtype), copy=True)
     for label, transform in rule.items():
         ctx.measured = found.get(place_of(transform, rule, label, ctx), {})
-        u = transform.update(u, state[label], ctx)
+        update = gathered if transform.whole and isinstance(u, DTensor) else type(transform).update
+        u = update(transform, u, state[label], ctx)
     w = ctx.param.to(u.dtype)  # the parameter itself where the dtype is the same
     if decay:
         w.mul_(1 - ctx.lr * decay)
     w.sub_(u.mul_(ctx.lr))
     if w is not ctx.param:
         ctx.param.copy_(w)
+
+
+def gathered(transform: Transform, u: Tensor, state: State, ctx: Context) -> Tensor:
+    """`transform.update` of a sharded u that it needs whole; the result is sharded alike."""
+    assert isinstance(u, DTensor)
+    whole = transform.update(u.full_tensor(), state, ctx)
+    everywhere = [Replicate()] * u.device_mesh.ndim
+    return DTensor.from_local(whole, u.device_mesh, everywhere).redistribute(placements=u.placements)
+
+
+def unsharded(p: Tensor) -> Tensor:
+    """A plain tensor like p, without its values: what the state of the whole of a sharded parameter is made from."""
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device) if isinstance(p, DTensor) else p
+
+
+def unsharded_change(change: Change) -> Change:
+    """The same for a state that is whole."""
+    assert change.old is not None
+    assert change.new is not None
+    return replace(change, old=nn.Parameter(unsharded(change.old)), new=nn.Parameter(unsharded(change.new)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..linalg import norm, sum_dtype
+from ..linalg import norm, row_norms, sum_dtype
 from .state import State
 from .transform import Context, Transform
 
@@ -67,6 +67,37 @@ class AdaGN(Transform):
 
     def update(self, u: Tensor, state: State, ctx: Context) -> Tensor:
         return u.mul_(self.factor(state, ctx.step, norm(u)))
+
+
+class GrowthLimit(Transform):
+    """The norm may grow by a factor γ in one update:
+
+        c = max(‖u‖/(s + 1e-8), γ)/γ,   u ← u/c,   s ← ‖u‖/c
+
+    with c = 1 while s, the norm after the last limit, is zero: at first, and after nothing but zeros.
+
+    Args:
+        gamma: γ.
+    """
+
+    acts_on = "matrix"
+    whole = True
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+
+    def init(self, param: Tensor) -> State:
+        return {"size": scalar(param)}
+
+    def factor(self, state: State, size: Tensor) -> Tensor:
+        """1/c [] for a u of this norm []; updates s."""
+        s = state["size"]
+        c = torch.where(s == 0, 1, (size / (s + 1e-8)).clamp(min=self.gamma) / self.gamma)
+        s.copy_(size / c)
+        return 1 / c
+
+    def update(self, u: Tensor, state: State, ctx: Context) -> Tensor:
+        return u.mul_(self.factor(state, norm(row_norms(u))))
 
 
 def ema(average: Tensor, value: Tensor, beta: float, step: int) -> Tensor:

@@ -41,6 +41,25 @@ class NesterovEma(Ema):
         return u.lerp_(B.to(u.dtype), self.beta)
 
 
+class LionEma(Ema):
+    """u ← β₁ B + (1 − β₁) u, then B ← β₂ B + (1 − β₂) u with the u that came; B = 0 before.
+
+    Args:
+        betas: β₁ and β₂.
+    """
+
+    def __init__(self, betas: tuple[float, float]) -> None:
+        super().__init__(betas[1])
+        self.betas = betas
+
+    def update(self, u: Tensor, state: State, ctx: Context) -> Tensor:
+        B = state["average"]
+        came = u.to(B.dtype)
+        mixed = B.lerp(came, 1 - self.betas[0])
+        B.lerp_(came, 1 - self.beta)
+        return u.copy_(mixed)
+
+
 class Adam(Transform):
     """Adam:
 
@@ -54,6 +73,8 @@ class Adam(Transform):
         corrected: ε as in `torch.optim.Adam`.
         reset_every: every so many updates both moments are zero and t is 1 again before they are used; 0 for never.
     """
+
+    nonnegative = frozenset({"exp_avg_sq"})
 
     def __init__(
         self, betas: tuple[float, float], eps: float, *, corrected: bool = False, reset_every: int = 0
@@ -83,19 +104,27 @@ class Adam(Transform):
         """What is added to the uncorrected root: ε, or where that goes beside the corrected one, √(1 − β₂ᵗ) ε."""
         return self.eps * sqrt(1 - self.betas[1] ** self.age(step)) if self.corrected else self.eps
 
+    def added_corrected(self, step: int) -> float:
+        """What is added to the corrected root √(V/(1 − β₂ᵗ)): ε, or where that goes beside V's own, ε/√(1 − β₂ᵗ)."""
+        return self.eps if self.corrected else self.eps / sqrt(1 - self.betas[1] ** self.age(step))
+
     def update(self, u: Tensor, state: State, ctx: Context) -> Tensor:
+        return self.direction(u, state, ctx.step).mul_(self.correction(ctx.step))
+
+    def direction(self, u: Tensor, state: State, step: int) -> Tensor:
+        """u ← M/(√V + ε), without √(1 − β₂ᵗ)/(1 − β₁ᵗ)."""
         M, V = state["exp_avg"], state["exp_avg_sq"]
-        self.reset(state, ctx.step)
+        self.reset(state, step)
         M.lerp_(u, 1 - self.betas[0])
         V.mul_(self.betas[1]).addcmul_(u, u, value=1 - self.betas[1])
-        return torch.div(M, V.sqrt().add_(self.added(ctx.step)), out=u).mul_(self.correction(ctx.step))
+        return torch.div(M, V.sqrt().add_(self.added(step)), out=u)
 
     def fused(self, members: Members, lr: float | Tensor, decay: float) -> None:
         """This transform as a whole rule, for many parameters at once."""
 
         def kind(member: tuple[Context, State]) -> tuple[int, bool]:
             ctx, _ = member
-            return ctx.step, self.corrected and plain_layout(ctx.param, ctx.grad)
+            return ctx.step, plain_layout(ctx.param, ctx.grad)
 
         for (step, torchs_own), same in groupby(sorted(members, key=kind), key=kind):
             contexts, states = zip(*same, strict=True)
@@ -104,7 +133,8 @@ class Adam(Transform):
                 self.reset(state["adam"], step)
             M, V = ([state["adam"][name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             if torchs_own:
-                adamw_step(p, g, M, V, betas=self.betas, eps=self.eps, t=self.age(step), lr=lr, decay=decay)
+                eps = self.added_corrected(step)
+                adamw_step(p, g, M, V, betas=self.betas, eps=eps, t=self.age(step), lr=lr, decay=decay)
             else:
                 rate, keep = lr * self.correction(step), 1 - lr * decay if decay else None
                 adam_step(p, g, M, V, betas=self.betas, eps=self.added(step), rate=rate, keep=keep)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..contracts import Change
 from ..errors import InputError
@@ -16,13 +17,16 @@ State = dict[str, Any]
 
 
 def follow(state: State, change: Change) -> State | None:
-    """State of a replaced parameter: what has its shape is carried over, single values stay.
+    """State of a replaced parameter: all of it where nothing but the place changed; else what has the parameter's shape
+    is carried over, and single values stay.
 
     Returns:
         The state, or None when a tensor has yet another shape.
     """
     assert change.old is not None
     assert change.new is not None
+    if change.index is None and change.old.shape == change.new.shape:
+        return dict(placed(state, change.new))
     found: State = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -67,5 +71,5 @@ def placed(value: Any, p: Tensor) -> Any:
         return {k: placed(v, p) for k, v in value.items()}
     if not isinstance(value, Tensor):
         return value
-    like = p if value.shape == p.shape else value
+    like = p if value.shape == p.shape and isinstance(value, DTensor) == isinstance(p, DTensor) else value
     return torch.empty_like(like, dtype=value.dtype, device=p.device, requires_grad=False).copy_(value)

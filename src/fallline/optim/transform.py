@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,11 +57,20 @@ class Transform:
         scope: over what `measure` is reduced: this parameter, those that share the chain, or all that have this kind
             of transform.
         reduce: how.
+        whole: whether it needs all of a matrix at once. Of a sharded parameter it is then given the gathered u, on
+            every rank alike, and its state is whole; `ctx.param` and `ctx.grad` stay sharded.
+        nonnegative: names of its state's tensors that are never below zero, which fewer bits can hold.
     """
 
-    acts_on: ClassVar[Literal["element", "row", "matrix", "group"]] = "element"
-    scope: ClassVar[Literal["leaf", "group", "all"]] = "leaf"
-    reduce: ClassVar[Literal["sum", "max"]] = "sum"
+    acts_on: Literal["element", "row", "matrix", "group"] = "element"
+    scope: Literal["leaf", "group", "all"] = "leaf"
+    reduce: Literal["sum", "max"] = "sum"
+    whole: bool = False
+    nonnegative: frozenset[str] = frozenset()
+
+    def told(self) -> str:
+        """What of its hyper-parameters the layout of its state depends on, in words; a saved state must agree."""
+        return ""
 
     def init(self, param: Tensor) -> State:
         """The state of one parameter before its first update."""
@@ -75,8 +84,7 @@ class Transform:
         """The next u, of the parameter's shape."""
         raise NotImplementedError
 
-    def remap(self, state: State, change: Change) -> State:
-        """The state after the parameter was replaced: carried over by element; anew where shapes do not tell how."""
-        assert change.new is not None
-        found = follow(state, change)
-        return self.init(change.new) if found is None else found
+    def remap(self, state: State, change: Change) -> State | None:
+        """The state after the parameter was replaced: carried over by element. None where that cannot be: then all that
+        the chain knew of the parameter is forgotten, and it begins anew."""
+        return follow(state, change)
