@@ -287,6 +287,25 @@ def test_state_bytes_are_those_of_the_card(row: Row):
         assert cost(by_role(module.CARD.traffic_bytes, role), **size, **numbers) >= 12 * p.numel() + 2 * found - 8
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("row", CHAINS, ids=str)
+@pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
+def test_no_update_waits_for_the_gpu(row: Row, plain: bool):
+    """The fourth: at the first, tables are copied and a singular value decomposition may be taken."""
+    params = {name: (nn.Parameter(p.detach().cuda()), role) for name, (p, role) in parameters(torch.float32).items()}
+    optimizer = make(row.id, params, row.options | ({"refresh_every": 100} if "refresh_every" in row.options else {}))
+    optimizer.plain = plain
+    for step in range(4):
+        for name, (p, _) in params.items():
+            p.grad = gradient(step, name, tuple(p.shape), p.dtype).cuda()
+        if step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @each
 def test_a_tiny_llama_learns(row: Row):
     from transformers import LlamaConfig, LlamaForCausalLM
