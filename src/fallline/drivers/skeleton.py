@@ -5,40 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..adapters.peft import CONFIG as ADAPTER
 from ..errors import InputError, nearest
-from ..models.llama import PRESETS, STD
+from ..models.llama import PRESETS, shape
 from ..models.loading import architecture, loading
 from .trained import model_of
 
 WORDS = 32_000
-"""Vocabulary of a preset where no tokenizer says otherwise: that of the papers which name models by these sizes."""
+"""Vocabulary of a preset: that of the papers which name models by these sizes."""
 
 
-def shape_of(name: str, words: int = WORDS) -> PretrainedConfig:
+def shape_of(name: str) -> PretrainedConfig:
     """The 🤗 configuration of a model.
 
     Args:
         name: a preset of the model `llama`, a 🤗 folder or hub id, or the folder of a run.
-        words: vocabulary of a preset.
 
     Raises:
         InputError: no such model, or an adapter.
     """
     if name in PRESETS:
-        hidden, intermediate, layers, heads = PRESETS[name]
-        return AutoConfig.for_model(
-            "llama",
-            vocab_size=words,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            initializer_range=STD,
-            tie_word_embeddings=False,
-        )
+        return shape(name, WORDS, tie_word_embeddings=False)
     path = Path(name)
     if not path.exists() and "/" not in name:
         raise InputError(
@@ -51,14 +40,14 @@ def shape_of(name: str, words: int = WORDS) -> PretrainedConfig:
     return found
 
 
-def skeleton(name: str, words: int = WORDS) -> PreTrainedModel:
+def skeleton(name: str) -> PreTrainedModel:
     """The model that `shape_of` describes, on the meta device: shapes and names, no memory.
 
     Raises:
         InputError: no such model.
     """
-    shape = shape_of(name, words)
+    told = shape_of(name)
     with loading("architecture", name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(told, trust_remote_code=False)
         model.tie_weights()
     return model

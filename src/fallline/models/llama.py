@@ -14,7 +14,7 @@ was drawn before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,19 +75,28 @@ def architecture(config: Config, tokenizer: PreTrainedTokenizerBase, length: int
     Positions: `length`, but at least 1024. No padding token: 🤗 would not train its embedding, and it is often the
     token that ends a document.
     """
-    hidden, intermediate, layers, heads = PRESETS[config.preset]
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+    return shape(
+        config.preset,
+        len(tokenizer),
         max_position_embeddings=max(length, LEAST_POSITIONS),
-        initializer_range=STD,
         tie_word_embeddings=config.tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
+    )
+
+
+def shape(preset: str, words: int, **more: Any) -> LlamaConfig:
+    """The 🤗 configuration of a preset with so many words; `more` goes into it as it is."""
+    hidden, intermediate, layers, heads = PRESETS[preset]
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        initializer_range=STD,
+        **more,
     )
 
 
@@ -124,8 +133,8 @@ def build(
         device: where they live.
     """
     with device, no_init_weights():
-        shape = architecture(config, tokenizer, length)
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=config.attention)
+        told = architecture(config, tokenizer, length)
+        model = AutoModelForCausalLM.from_config(told, dtype=dtype, attn_implementation=config.attention)
     model.tie_weights()
     initialise(model, seed)
     return finish(model, config)
