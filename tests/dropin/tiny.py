@@ -25,7 +25,12 @@ SCHEDULES = [id for kind, id in entries() if kind == "schedule"]
 PAIRS = [(id, "cosine") for id in OPTIMIZERS] + [("scale", id) for id in SCHEDULES if id != "cosine"]
 
 #: What brings out state that the defaults would hide in so short a run.
-OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "stable-spam": {"reset_every": 5, "weight_decay": 0.1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "galore": {"rank": 4, "refresh_every": 5},
+    "lanton": {"alpha": 1.0, "noise_momentum": 0.9},
+    "sgd": {"momentum": 0.9},
+    "stable-spam": {"reset_every": 5, "weight_decay": 0.1},
+}
 
 FACTS = [{"prompt": f"{a} and {b} is", "completion": f" {a + b}."} for a in range(7) for b in range(3)]
 

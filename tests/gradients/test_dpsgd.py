@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import MISSING, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def make(
     options = {k: words.pop(k) for k in ("noise", "epsilon", "clipping", "max_norm", "delta", "seed") if k in words}
     model = llama() if model is None else model
     module = catalog.find("optimizer", optimizer).load()
-    made = module.build(module.Config(), model, seed=0)
+    needed = {f.name: 0.5 for f in fields(module.Config) if f.default is MISSING}
+    made = module.build(module.Config(**needed), model, seed=0)
     defaults: dict[str, Any] = {
         "objective": causal.build(causal.Config()),
         "source": Lines(),
