@@ -20,7 +20,7 @@ from .chain import Chain, chain
 from .clipping import GrowthLimit
 from .moments import Adam
 from .roles import ROLES, Role
-from .state import State, placed
+from .state import State, only_moved
 from .subspace import Subspace, sides, tall
 from .transform import Context, Members, Transform
 
@@ -93,10 +93,7 @@ class InSubspace(Transform):
 
     def remap(self, state: State, change: Change) -> State | None:
         """Kept where nothing but the place changed; else anew, as a basis is of all elements together."""
-        assert change.old is not None
-        assert change.new is not None
-        same = change.index is None and change.old.shape == change.new.shape
-        return placed(state, change.new) if same else None
+        return super().remap(state, change) if only_moved(change) else None
 
 
 class LowRankAdam(InSubspace):

@@ -39,7 +39,7 @@ from ..kernels.split_adam import (
 from ..linalg import row_norms, sum_dtype
 from ..noise import key
 from .moments import Adam
-from .state import State, placed
+from .state import State, only_moved
 from .subspace import finite, leading, sides, tall
 from .transform import Context, Members, Transform
 
@@ -114,10 +114,7 @@ class Split(Transform):
 
     def remap(self, state: State, change: Change) -> State | None:
         """Kept where nothing but the place changed; else anew, with a part of its own at the next update."""
-        assert change.old is not None
-        assert change.new is not None
-        same = change.index is None and change.old.shape == change.new.shape
-        return placed(state, change.new) if same else None
+        return super().remap(state, change) if only_moved(change) else None
 
     def fused(self, members: Members, lr: float | Tensor, decay: float) -> None:
         """This transform as a whole rule."""

@@ -25,7 +25,7 @@ def follow(state: State, change: Change) -> State | None:
     """
     assert change.old is not None
     assert change.new is not None
-    if change.index is None and change.old.shape == change.new.shape:
+    if only_moved(change):
         return dict(placed(state, change.new))
     found: State = {}
     for key, value in state.items():
@@ -41,6 +41,13 @@ def follow(state: State, change: Change) -> State | None:
         else:
             found[key] = value
     return found
+
+
+def only_moved(change: Change) -> bool:
+    """Whether a replaced parameter has the elements it had, in their order, and nothing but its place is new."""
+    assert change.old is not None
+    assert change.new is not None
+    return change.index is None and change.old.shape == change.new.shape
 
 
 def carried(values: Tensor, new: Tensor, index: Tensor | None) -> Tensor:
