@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import subprocess
 import sys
@@ -36,7 +35,7 @@ SOURCES = (
     "benchmarks/membership.py",
 )
 MEMBERS, OTHERS, HELD_OUT = 1000, 1000, 200
-BATCH, STEPS, EPSILON = 100, 400, 8
+BATCH, STEPS, EPSILON = 100, 400, 4
 
 HOW = {
     "over-trained": ["optimizer.lr=5e-3"],
@@ -132,14 +131,7 @@ def main() -> None:
         for attack in result["attacks"]:
             print("  ", json.dumps(attack))
     setting = {"members": MEMBERS, "non_members": OTHERS, "held_out": HELD_OUT, "batch": BATCH, "steps": STEPS}
-    uniform = {"entropy_of_a_line_in_nats": line_entropy()}
-    print(save("membership", setting | uniform | {"base_steps": args.base_steps, "runs": found}, SOURCES))
-
-
-def line_entropy() -> float:
-    """Nats of a line that no model can know of a person it has not seen."""
-    drawn = (len(SYLLABLES) ** 9, len(TRADES), 76, len(ILLS), 99900, 9 * 10**6)
-    return sum(math.log(n) for n in drawn)
+    print(save("membership", setting | {"base_steps": args.base_steps, "runs": found}, SOURCES))
 
 
 if __name__ == "__main__":

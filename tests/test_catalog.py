@@ -32,7 +32,8 @@ def test_every_method_keeps_the_form(entry: catalog.Entry) -> None:
     assert entry.card.summary.endswith(".")
     assert entry.card.checked
     options = {f.name: 1 if f.default is MISSING else f.default for f in fields(module.Config)}
-    for formula in (*entry.card.state_bytes.values(), *entry.card.traffic_bytes.values()):
+    card = entry.card
+    for formula in (*card.state_bytes.values(), *card.traffic_bytes.values(), *card.workspace_bytes.values()):
         assert cost(formula, n=6, rows=2, cols=3, **options) >= 0
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fallline.errors import InputError, StorageError
-from fallline.metrics import Clock, Metrics, peak_memory, read, resident_memory
+from fallline.metrics import Clock, Metrics, peak_memory, product_rate, read, resident_memory, token_flops
 
 
 def steps(path: Path) -> list[int]:
@@ -195,6 +195,29 @@ def test_the_clock_on_cuda_times_the_device() -> None:
     assert found["forward"] > queued, "the device was still at it when everything was queued"
     assert sum(found.values()) <= passed
     assert peak_memory("cuda") >= 3 * 4096 * 4096 * 4
+
+
+def test_the_operations_of_a_token_are_those_that_are_counted() -> None:
+    """Against torch's counter on a real forward and backward; it counts attention's products whole, as PaLM does."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=300
+    )
+    model = LlamaForCausalLM._from_config(shape, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(2, 32, dtype=torch.int64)).logits.sum().backward()
+    assert token_flops(model, 32) == pytest.approx(counter.get_total_flops() / 64, rel=0.02)
+    whole = token_flops(model, 32)
+    model.model.layers.requires_grad_(False)
+    assert 0.6 * whole < token_flops(model, 32) < whole, "weights that are frozen need no gradient"
+
+
+def test_the_rate_of_products_is_tried_once() -> None:
+    rate = product_rate(torch.device("cpu"), torch.float32)
+    assert 1e8 < rate < 1e14
+    assert product_rate(torch.device("cpu"), torch.float32) == rate
 
 
 def test_resident_memory_goes_up_and_down() -> None:

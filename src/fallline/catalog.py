@@ -17,8 +17,9 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -60,6 +61,8 @@ class Card:
         state_bytes: parameter role → bytes of optimizer state in float32, an expression in ``n`` (elements), ``rows``,
             ``cols`` and the method's options, evaluated by `cost`; ``any`` stands for the roles not named.
         traffic_bytes: parameter role → least bytes moved in one update, likewise.
+        workspace_bytes: parameter role → most bytes that an update takes beside state and gives back, likewise; the
+            largest over the parameters counts. Empty: less than 5 MB.
         flops: floating-point operations beyond a plain step, in words or as an expression.
         claim: the paper's number with its setting.
         checked: what was measured here and how, or ``effect not shown``; each figure with its command in brackets.
@@ -82,6 +85,7 @@ class Card:
     couples: str = ""
     state_bytes: Mapping[str, str] = field(default_factory=dict)
     traffic_bytes: Mapping[str, str] = field(default_factory=dict)
+    workspace_bytes: Mapping[str, str] = field(default_factory=dict)
     flops: str = ""
     claim: str = ""
     checked: str = "effect not shown"
@@ -286,6 +290,22 @@ def by_role(formulas: Mapping[str, str], role: str) -> str:
     return formulas[role] if role in formulas else formulas["any"]
 
 
+def bytes_of(formulas: Mapping[str, str], role: str, shape: Sequence[int], options: Mapping[str, Any]) -> float:
+    """A card's formula for one parameter; 0 where the card has none.
+
+    Args:
+        formulas: such as `Card.state_bytes`.
+        role, shape: the parameter's.
+        options: the method's; those that are numbers count.
+    """
+    if not formulas:
+        return 0
+    n = math.prod(shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    numbers = {k: v for k, v in options.items() if isinstance(v, (int, float))}
+    return cost(by_role(formulas, role), n=n, rows=rows, cols=n // max(1, rows), **numbers)
+
+
 def cost(expression: str, **values: float) -> float:
     """Evaluate a card's cost formula. A comparison counts 1 when it holds, 0 when not.
 
@@ -311,4 +331,9 @@ def cost(expression: str, **values: float) -> float:
                 return {"min": min, "max": max}[name](*map(walk, args))
         raise InputError(f"cost formula {expression!r} is not arithmetic over {', '.join(values)}")
 
-    return walk(ast.parse(expression, mode="eval"))
+    return walk(_parsed(expression))
+
+
+@cache
+def _parsed(expression: str) -> ast.Expression:
+    return ast.parse(expression, mode="eval")

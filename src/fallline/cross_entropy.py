@@ -35,6 +35,22 @@ WORDS_AT_ONCE = 2048
 """Rows of the head in one matrix product on CPU: a sixth faster there than all of them, for chunks of 256 tokens."""
 
 _TWICE: ContextVar[bool] = ContextVar("twice_differentiable", default=False)
+_PLANNED: ContextVar[str | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Inside, chunks are those of this kind of device: to size there, on shapes, what will run elsewhere."""
+    token = _PLANNED.set(device)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether a tensor is on a CPU, or to be."""
+    return (_PLANNED.get() or t.device.type) == "cpu"
 
 
 @contextmanager
@@ -108,11 +124,11 @@ def linear_cross_entropy(
     s = None if share is None else share.flatten()
     live = None
     spans = None if head is None else head.watch.layout.spans(len(h))
-    if h.device.type == "cpu" and bool((y == IGNORED).any()):  # elsewhere, asking would wait for the device
+    if on_cpu(h) and bool((y == IGNORED).any()):  # elsewhere, asking would wait for the device
         live = (y != IGNORED).nonzero().squeeze(1)
         h, y, s = h.index_select(0, live), y[live], None if s is None else s[live]
         spans = None if spans is None else spans.some(live)
-    c = chunk or chunk_size(len(h), len(weight), h.device.type)
+    c = chunk or chunk_size(len(h), len(weight), _PLANNED.get() or h.device.type)
     needs = [t is not None and t.requires_grad for t in (h, weight, bias)]
     values: Tensor
     if head is not None and spans is not None:
@@ -296,7 +312,7 @@ def _sweep(
     logits = hidden.new_empty(
         0 if room is not None else max((piece.tokens.stop - piece.tokens.start for piece in chunks), default=0), words
     )
-    at_once = WORDS_AT_ONCE if hidden.is_cpu else words
+    at_once = WORDS_AT_ONCE if on_cpu(hidden) else words
     for piece in chunks:
         rows = piece.tokens
         x, y = hidden[rows], target[rows]
@@ -310,7 +326,7 @@ def _sweep(
         z = z.to(wide)
         # max p = 1 / Σ exp(z − max z) gives the log-sum in two reads that never underflow
         top, at_label = z.amax(1), z.gather(1, y).squeeze(1)
-        p = torch.softmax(z, 1, out=z) if z.is_cpu else torch.softmax(z, 1)  # row by row, so in place is safe on CPU
+        p = torch.softmax(z, 1, out=z) if on_cpu(z) else torch.softmax(z, 1)  # row by row, so in place is safe on CPU
         values[rows] = top - p.amax(1).log() - at_label
         if visit is None and not any(needs):
             continue

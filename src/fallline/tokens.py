@@ -93,6 +93,11 @@ def plain_head(model: nn.Module, device: torch.device) -> bool:
     return _PLAIN[model] and not head._forward_hooks and not head._forward_pre_hooks
 
 
+def assume_plain_head(model: nn.Module, plain: bool) -> None:
+    """Settle `plain_head` for a model that has no values to try it on."""
+    _PLAIN[model] = plain
+
+
 @torch.no_grad()
 def _probe(model: Any, head: nn.Linear, device: torch.device) -> bool:
     """Run the model on a few tokens with the head's answer replaced by numbers that any cap or scale would change."""

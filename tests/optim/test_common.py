@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fallline.catalog import by_role, cost, entries, find
+from fallline.catalog import bytes_of, entries, find
 from fallline.kernels import row_norm
 from fallline.optim.chain import ChainOptimizer
 
@@ -271,20 +271,17 @@ def test_state_bytes_are_those_of_the_card(row: Row):
     optimizer = make(row.id, params, row.options)
     train(optimizer, params, 0, 2)
     module = find("optimizer", row.id).load()
-    options = dataclasses.asdict(module.Config(**row.options))
-    numbers = {k: v for k, v in options.items() if isinstance(v, int | float)}
+    card, options = module.CARD, dataclasses.asdict(module.Config(**row.options))
     state = optimizer.state_dict()["state"]
     for name, (p, role) in params.items():
         if row.factors_last_two and p.ndim > 2:
             continue
-        rows = p.shape[0] if p.ndim > 1 else 1
-        size = {"n": p.numel(), "rows": rows, "cols": p.numel() // rows}
         found = sum(t.numel() * t.element_size() for t in tensors(state.get(name, {})).values())
         if row.matrix_bytes and role in ("matrix", "adapter"):
-            assert found in [cost(formula, **size, **numbers) for formula in row.matrix_bytes], (name, role)
+            assert found in [bytes_of({"any": f}, role, p.shape, options) for f in row.matrix_bytes], (name, role)
             continue
-        assert found == cost(by_role(module.CARD.state_bytes, role), **size, **numbers), (name, role)
-        assert cost(by_role(module.CARD.traffic_bytes, role), **size, **numbers) >= 12 * p.numel() + 2 * found - 8
+        assert found == bytes_of(card.state_bytes, role, p.shape, options), (name, role)
+        assert bytes_of(card.traffic_bytes, role, p.shape, options) >= 12 * p.numel() + 2 * found - 8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

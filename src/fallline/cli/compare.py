@@ -24,6 +24,7 @@ def run(args: Namespace, overrides: Sequence[str], argv: Sequence[str]) -> int:
         out=args.out,
         parallel=args.parallel,
         resume=args.resume,
+        force=args.force,
         command=quoted(argv),
         progress=None if args.quiet else sys.stderr,
     )

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", metavar="key=value", nargs="*", help="replaces what the recipe says")
     train.add_argument("--resume", action="store_true", help="continue the run in out= from its newest good checkpoint")
     train.add_argument("--print-recipe", action="store_true", help="show the resolved recipe and stop")
+    train.add_argument("--force", action="store_true", help="begin even if memory will not suffice")
     train.add_argument("--quiet", action="store_true", help="no progress")
 
     compare = commands.add_parser(
@@ -72,7 +73,31 @@ def parser() -> argparse.ArgumentParser:
         "--parallel", type=int, default=1, metavar="N", help="runs at a time (default: 1); time is measured before"
     )
     compare.add_argument("--resume", action="store_true", help="go on with the comparison in --out, or in RECIPE")
+    compare.add_argument("--force", action="store_true", help="measure and run even what memory will not suffice for")
     compare.add_argument("--quiet", action="store_true", help="no progress")
+
+    plan = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="will it fit, and what else would",
+        description="Forecast the memory of training a model, without its weights: fallline plan "
+        "meta-llama/Llama-3.1-8B --memory 24GiB --length 2048",
+        epilog=EPILOG,
+    )
+    plan.add_argument("model", metavar="MODEL", help="tiny … 7b, a 🤗 folder or hub id, or the folder of a run")
+    plan.add_argument("--memory", metavar="SIZE", help="such as 24GiB (default: what is free here)")
+    plan.add_argument("--length", type=int, default=1024, metavar="N", help="tokens in a row (default: 1024)")
+    plan.add_argument("--batch", type=int, default=8, metavar="N", help="rows in a step (default: 8)")
+    plan.add_argument("--device", default="auto", help="cpu or cuda, there or not (default: a GPU when there is one)")
+    plan.add_argument(
+        "--explain",
+        metavar="key=value,…",
+        help="where every byte of one combination goes, such as optimizer=fira,rank=64,adapter=lora,checkpointing=true",
+    )
+    plan.add_argument("--speed", action="store_true", help="try this machine for five seconds, forecast tokens/s too")
+    plan.add_argument("--steps", type=int, metavar="N", help="and how long so many steps take")
+    plan.add_argument("--all", action="store_true", help="all combinations, not only the best of each optimizer")
+    plan.add_argument("--json", action="store_true", help="all combinations with all bytes, as JSON")
 
     report = commands.add_parser(
         "report",
@@ -265,6 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .compare import run
 
             return run(args, [*args.overrides, *rest], sys.argv[1:] if argv is None else argv)
+        if args.command == "plan":
+            from .plan import run as planned
+
+            return planned(args)
         if args.command == "report":
             from .compare import report
 
@@ -295,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return score(args)
         from .train import train
 
-        return train(args.recipe, [*args.overrides, *rest], args.resume, args.print_recipe, args.quiet)
+        return train(args.recipe, [*args.overrides, *rest], args.resume, args.print_recipe, args.quiet, args.force)
     except FalllineError as error:
         print(f"fallline: error: {error}", file=sys.stderr)
         return error.exit_code

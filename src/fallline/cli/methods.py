@@ -81,6 +81,7 @@ def _card(entry: Entry) -> str:
     add("couples", card.couples)
     add("state bytes", "; ".join(f"{role}: {formula}" for role, formula in card.state_bytes.items()))
     add("traffic bytes", "; ".join(f"{role}: {formula}" for role, formula in card.traffic_bytes.items()))
+    add("workspace", "; ".join(f"{role}: {formula}" for role, formula in card.workspace_bytes.items()))
     add("flops", card.flops)
     add("claim", card.claim)
     add("checked", card.checked)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..recipe import Recipe
 
 
-def train(path: str, overrides: Sequence[str], resume: bool, print_recipe: bool, quiet: bool) -> int:
+def train(path: str, overrides: Sequence[str], resume: bool, print_recipe: bool, quiet: bool, force: bool) -> int:
     """Load the recipe, train, and say what came of it."""
     recipe = Recipe.load(path, *overrides)
     if print_recipe:
@@ -16,7 +16,7 @@ def train(path: str, overrides: Sequence[str], resume: bool, print_recipe: bool,
         return 0
     from ..drivers.train import train as run
 
-    result = run(recipe, resume=resume, progress=None if quiet else sys.stderr)
+    result = run(recipe, resume=resume, force=force, progress=None if quiet else sys.stderr)
     if result.signal is not None:
         print(
             f"interrupted and saved after step {result.run.step}; continue with: fallline train {result.out} --resume"

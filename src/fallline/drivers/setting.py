@@ -19,10 +19,11 @@ from ..isolation import check_isolation
 from ..metrics import Clock
 from ..models.identity import fingerprint
 from ..optim.base import Named
-from ..optim.precision import low_precision
+from ..optim.precision import low_precision, pick_precision
 from ..ranks import world
 from ..recipe import Recipe
 from ..step import Run
+from .plan.check import check
 
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
@@ -58,23 +59,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build(recipe: Recipe) -> Setting:
+def build(recipe: Recipe, *, check_memory: bool = False) -> Setting:
     """Load data and model and put the parts together. Nothing is written but caches.
+
+    Args:
+        recipe: what to build.
+        check_memory: refuse, before the model is loaded, what will not fit into the memory at hand.
 
     Raises:
         InputError: whatever cannot be used, in one line.
     """
     settings = recipe.settings
     device = pick_device(settings.device)
-    precision = settings.precision
-    if precision == "auto":
-        precision = "float32" if device.type == "cpu" else "bfloat16"
+    precision = pick_precision(settings.precision, device.type)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     clock = Clock(device)
 
     brought = recipe.model.module.tokenizer(recipe.model.options)
     dataset = recipe.data.module.build(recipe.data.options, brought)
+    if check_memory:
+        chosen, length = recipe.model, recipe.data.options.length
+        check(recipe, chosen.module.architecture(chosen.options, dataset.tokenizer, length), device)
     model = recipe.model.module.build(
         recipe.model.options,
         tokenizer=dataset.tokenizer,

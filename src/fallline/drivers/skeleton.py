@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..adapters.peft import CONFIG as ADAPTER
 from ..errors import InputError, nearest
 from ..models.llama import PRESETS, shape
-from ..models.loading import architecture, loading
+from ..models.loading import configuration, loading
 from .trained import model_of
 
 WORDS = 32_000
@@ -36,7 +36,7 @@ def shape_of(name: str) -> PretrainedConfig:
     folder = model_of(path) if (path / "run.json").is_file() else path
     if (folder / ADAPTER).is_file():
         raise InputError(f"{name} holds an adapter, not a model; give the model that it was trained on")
-    found: PretrainedConfig = architecture(str(folder) if path.exists() else name)
+    found: PretrainedConfig = configuration(str(folder) if path.exists() else name)
     return found
 
 

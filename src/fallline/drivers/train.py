@@ -21,7 +21,7 @@ from .. import checkpoint
 from ..adapters import peft
 from ..errors import StorageError
 from ..generate import generate
-from ..metrics import Metrics, Progress, Trackers, check_trackers, peak_memory, trackers
+from ..metrics import Metrics, Progress, Trackers, check_trackers, peak_memory, product_rate, token_flops, trackers
 from ..noise import rng
 from ..recipe import Recipe
 from ..step import Run, take_step
@@ -105,7 +105,12 @@ Watch = Callable[[Mapping[str, Any]], str]
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, progress: TextIO | None = sys.stderr, watch: Watch | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: TextIO | None = sys.stderr,
+    watch: Watch | None = None,
 ) -> Result:
     """Do what a recipe says.
 
@@ -113,6 +118,7 @@ def train(
         recipe: from `Recipe.load`.
         resume: continue the run in `recipe.settings.out` from its newest good checkpoint; the result is bit-identical
             to that of an uninterrupted run on the same machine, versions and thread count.
+        force: begin even if memory will not suffice.
         progress: where to show progress; None shows nothing.
         watch: sees every record, and may end the run.
 
@@ -124,7 +130,7 @@ def train(
     out = run_folder(recipe, resume)
     names = [recipe.settings.tracker] if recipe.settings.tracker else []
     check_trackers(names)
-    setting = build(recipe)
+    setting = build(recipe, check_memory=not force)
     make_folder(out)
     with checkpoint.lock(out), interruptible() as interrupted:
         saved = open_folder(setting, out, resume)
@@ -158,6 +164,9 @@ class Loop:
         self.setting, self.recipe, self.run = setting, setting.recipe, setting.run
         self.out, self.metrics, self.follow, self.progress, self.watch = out, metrics, follow, progress, watch
         self.saved_at = -1  # the step of the newest checkpoint
+        dtype = next(iter(setting.run.trainable().values())).dtype
+        flops = token_flops(setting.run.model, setting.recipe.data.options.length)
+        self.token_share = flops / product_rate(setting.run.device, dtype)  # of a second, were the machine fully used
 
     @property
     def done(self) -> bool:
@@ -192,7 +201,8 @@ class Loop:
             record["val_loss"] = self.evaluate()
         spent = self.setting.clock.read()
         busy = sum(seconds for phase, seconds in spent.items() if phase not in ("eval", "save"))
-        record["time"] = spent | {"tokens_per_second": record["tokens"] / busy if busy else 0.0}
+        rate = record["tokens"] / busy if busy else 0.0
+        record["time"] = spent | {"tokens_per_second": rate, "mfu": rate * self.token_share}
         record["memory"] = {"peak": peak_memory(run.device)}
         self.write(record)
         every = self.recipe.checkpoint.every

@@ -17,7 +17,7 @@ from ..data.dataset import Dataset
 from ..errors import InputError, nearest
 from ..models.base import ModelOptions
 from ..models.identity import fingerprint
-from ..models.loading import architecture, has_sdpa, load_model, load_tokenizer, loading, quietly
+from ..models.loading import configuration, has_sdpa, load_model, load_tokenizer, loading, quietly
 from ..recipe import Recipe
 from .setting import DTYPES, pick_device
 
@@ -140,7 +140,7 @@ def load(path: str, device: torch.device) -> Opened:
         InputError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(path)
-    told = architecture(path)
+    told = configuration(path)
     dtype = getattr(told, "dtype", None) or getattr(told.get_text_config(), "dtype", None) or torch.float32
 
     options = ModelOptions(attention="sdpa" if has_sdpa(told) else "eager")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from .clock import Clock, peak_memory, resident_memory
+from .clock import RATES, Clock, peak_memory, resident_memory
 from .jsonl import Metrics, read
 from .progress import Progress, sparkline
 from .tracking import Trackers, check_trackers, trackers
+from .utilisation import product_rate, token_flops
 
 __all__ = [
+    "RATES",
     "Clock",
     "Metrics",
     "Progress",
     "Trackers",
     "check_trackers",
     "peak_memory",
+    "product_rate",
     "read",
     "resident_memory",
     "sparkline",
+    "token_flops",
     "trackers",
 ]

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+RATES = ("tokens_per_second", "mfu")
+"""What the metrics file has beside seconds under ``time``."""
+
 
 class Clock:
     """Books seconds by phase: `with clock("forward"): …`.

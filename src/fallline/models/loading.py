@@ -51,7 +51,7 @@ def quietly() -> Iterator[None]:
             enable_progress_bar()
 
 
-def architecture(path: str) -> Any:
+def configuration(path: str) -> Any:
     """The 🤗 configuration behind `path`.
 
     Raises:
@@ -86,7 +86,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: no model at `path`, or no tokenizer with it.
     """
-    architecture(path)  # its errors are the clearer ones
+    configuration(path)  # its errors are the clearer ones
     with loading("tokenizer", path):
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not set(found.get_vocab()) - set(found.all_special_tokens):  # what 🤗 makes when the files are missing
@@ -116,7 +116,7 @@ def load_model(
     Raises:
         InputError: no such model, not a causal one, damaged or incomplete weights, rows longer than it has positions.
     """
-    shape = architecture(path)
+    shape = configuration(path)
     text = shape.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and length > positions:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..catalog import Card
 from ..options import option
 from .base import ModelOptions
-from .loading import load_model, load_tokenizer
+from .loading import configuration, load_model, load_tokenizer
 
 CARD = Card(
     id="pretrained",
@@ -43,6 +43,16 @@ def tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         InputError: no model at `path`, or no tokenizer with it.
     """
     return load_tokenizer(config.path)
+
+
+def architecture(config: Config, tokenizer: PreTrainedTokenizerBase, length: int) -> PretrainedConfig:
+    """The 🤗 configuration.
+
+    Raises:
+        InputError: no model at `path`, or not a causal one.
+    """
+    found: PretrainedConfig = configuration(config.path)
+    return found
 
 
 def build(

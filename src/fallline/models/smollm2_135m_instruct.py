@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -42,7 +43,7 @@ from ..errors import InputError
 from ..folders import cached_folder, readable
 from .base import ModelOptions
 from .identity import fingerprint
-from .loading import load_model, load_tokenizer, loading
+from .loading import configuration, load_model, load_tokenizer, loading
 
 CARD = Card(
     id="smollm2-135m-instruct",
@@ -97,6 +98,16 @@ def tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         InputError: as `folder`.
     """
     return load_tokenizer(str(folder()))
+
+
+def architecture(config: Config, tokenizer: PreTrainedTokenizerBase, length: int) -> PretrainedConfig:
+    """The 🤗 configuration.
+
+    Raises:
+        InputError: as `folder`.
+    """
+    found: PretrainedConfig = configuration(str(folder()))
+    return found
 
 
 def build(

@@ -34,6 +34,7 @@ CARD = Card(
     acts_on="matrix",
     state_bytes={"vector": "4 * n + 4", "objective": "4 * n + 4", "any": "4 * (rows + cols) + 4"},
     traffic_bytes={"vector": "20 * n", "objective": "20 * n", "any": "16 * n + 8 * (rows + cols)"},
+    workspace_bytes={"any": "8 * n"},
     claim="Transformer on WMT'14 English–German: Adam's BLEU with next to no state",
     checked="bit for bit torch.optim.Adafactor; 🤗's Adafactor over fifty steps; the equation in float64; effect not "
     "shown. One update of a 58 M Llama on two CPU cores: 7.96 ± 21 % of torch's fused AdamW, 1.01 of "

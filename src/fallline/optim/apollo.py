@@ -46,6 +46,11 @@ CARD = Card(
         "adapter": "16 * n + 4 * min(rank, rows, cols) * (4 * max(rows, cols) + min(rows, cols)) + 8",
         "any": "28 * n",
     },
+    workspace_bytes={
+        "matrix": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
+        "adapter": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
+        "any": "0",
+    },
     flops="2 a b r for each matrix, a and b its short and long side",
     claim="Llama on C4: AdamW's perplexity or better with nearly the memory of SGD; three times its throughput on "
     "eight cards of 80 GB, from larger batches",

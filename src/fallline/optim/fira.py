@@ -49,6 +49,11 @@ CARD = Card(
         "adapter": "16 * n + 8 * min(rank, rows, cols) * (2 * max(rows, cols) + min(rows, cols)) + 8",
         "any": "28 * n",
     },
+    workspace_bytes={
+        "matrix": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
+        "adapter": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
+        "any": "0",
+    },
     flops="4 a b r for each matrix, 6 a b r with κ ≥ ½, a and b its short and long side, and 4 a b r + O(a r²) more at "
     "one of refresh_every updates; with basis svd, then a singular value decomposition",
     claim="Llama 60M to 1B on C4: Adam's perplexity or better, 61.1 % less optimizer state at 1B",

@@ -58,6 +58,7 @@ CARD = Card(
         "objective": "28 * n",
         "any": "12 * n + 16 * rows * ((density * cols + 0.5) // 1)",
     },
+    workspace_bytes={"matrix": "6 * n", "adapter": "6 * n", "any": "0"},
     flops="with split svd: 6 r m n for each matrix, and a singular value decomposition at one of refresh_every updates",
     claim="Llama 60M to 1B on C4: lower perplexity than GaLore and BAdam at the same memory, close to Adam's; GLUE "
     "with RoBERTa also at ρ = 0",

@@ -43,6 +43,7 @@ CARD = Card(
     acts_on="group",
     state_bytes={"any": "8 * n + 4"},
     traffic_bytes={"any": "28 * n + 8"},
+    workspace_bytes={"matrix": "20 * n", "adapter": "20 * n", "any": "4 * n"},
     flops="2 · ns_steps · (4a²b + 2a³) for each hidden matrix, a and b its short and long side",
     claim="Llama 1.1B on C4: D-Muon's loss with two thirds of the tokens",
     checked="the equation in float64; base steps where α is large or all layers are equally noisy; the least noisy "

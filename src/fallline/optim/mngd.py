@@ -45,6 +45,7 @@ CARD = Card(
     acts_on="matrix",
     state_bytes={"matrix": "0", "adapter": "0", "any": "8 * n"},
     traffic_bytes={"matrix": "12 * n", "adapter": "12 * n", "any": "28 * n"},
+    workspace_bytes={"matrix": "24 * max(n, 1048576)", "adapter": "24 * max(n, 1048576)", "any": "0"},
     flops="iterations · 8 · (4a²b + 2a³) for each matrix with the spectral norm, a and b its short and long side; "
     "8 · 8a³ and 3 · 4a²b an iteration on a CPU where b ≥ 1.5a",
     claim="none of its own: SWAN and SinkGD are two of its settings",

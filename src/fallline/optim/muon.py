@@ -42,6 +42,11 @@ CARD = Card(
     acts_on="matrix",
     state_bytes={"matrix": "4 * n", "adapter": "4 * n", "any": "8 * n"},
     traffic_bytes={"matrix": "20 * n", "adapter": "20 * n", "any": "28 * n"},
+    workspace_bytes={
+        "matrix": "20 * max(n, 1048576)",
+        "adapter": "20 * max(n, 1048576)",
+        "any": "0",
+    },
     flops="ns_steps · (4a²b + 2a³) for each matrix, a and b its short and long side; ns_steps · 8a³ and 4a²b for every "
     "three of them on a CPU where b ≥ 1.5a",
     claim="NanoGPT speedrun: loss 3.28 on FineWeb after 3.7 billion tokens, where the record before had taken 5",

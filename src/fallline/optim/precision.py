@@ -29,6 +29,12 @@ BUCKET = 1 << 26
 """Elements: 512 MiB of copies and gradients at a time."""
 
 
+def pick_precision(name: Any, device: str) -> Precision:
+    """`name`, with ``auto`` decided for the kind of device."""
+    found: Precision = ("float32" if device == "cpu" else "bfloat16") if name == "auto" else name
+    return found
+
+
 def low_precision(
     make: Callable[[Mapping[str, tuple[nn.Parameter, Role]]], Named],
     model: nn.Module,

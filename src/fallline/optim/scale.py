@@ -52,6 +52,7 @@ CARD = Card(
         "adapter": "12 * n",
         "objective": "28 * n",
     },
+    workspace_bytes={"matrix": "0", "adapter": "0", "any": "4 * n"},
     claim="Llama 60M to 1B on C4: Adam's perplexity or better with 35 to 45 % of the memory",
     checked="the equation in float64; unit rms of rows and columns; state bytes. Effect, rate tuned alike, three "
     "seeds, python-source: at 1.3 M parameters and 500 steps validation loss 4.649 ± 0.016 where adamw has "

@@ -43,6 +43,7 @@ CARD = Card(
         "adapter": "4 * (iterations + 3) * n",
         "any": "28 * n",
     },
+    workspace_bytes={"matrix": "4 * n", "adapter": "4 * n", "any": "0"},
     flops="4 · iterations · n for each matrix of n elements",
     claim="Llama up to 1.3B on C4: Adam's perplexity with 40 % of the tokens, at the memory of plain descent",
     checked="the equation in float64; unit columns and rows; the same X whatever scales rows and columns of G have; "

@@ -37,6 +37,7 @@ CARD = Card(
     acts_on="matrix",
     state_bytes={"matrix": "0", "adapter": "0", "any": "8 * n"},
     traffic_bytes={"matrix": "12 * n", "adapter": "12 * n", "any": "28 * n"},
+    workspace_bytes={"matrix": "24 * max(n, 1048576)", "adapter": "24 * max(n, 1048576)", "any": "0"},
     flops="ns_steps · (4a²b + 2a³) for each matrix, a and b its short and long side; ns_steps · 8a³ and 4a²b for every "
     "three of them on a CPU where b ≥ 1.5a",
     claim="Llama 350M and 1.3B: Adam's perplexity with half the tokens, at the memory of plain descent",

@@ -37,11 +37,14 @@ class Meter:
     Attributes:
         found: what it said when it was ready.
 
+    Args:
+        recipe: the choice. force: build it even if memory will not suffice.
+
     Raises:
         MeterError: it did not get ready.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, force: bool = False) -> None:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 closed by close; a pipe would fill up
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fallline.drivers.compare.meter"],
@@ -52,7 +55,7 @@ class Meter:
             start_new_session=True,  # Ctrl-C is for the comparison, which ends this one
         )
         try:
-            self.found = self._ask(json.dumps({"recipe": recipe.to_yaml()}))
+            self.found = self._ask(json.dumps({"recipe": recipe.to_yaml(), "force": force}))
         except BaseException:
             self.close()
             raise
@@ -106,6 +109,7 @@ def measure(
     known: Mapping[str, Mapping[str, Any]],
     keep: Callable[[str, dict[str, Any]], None],
     stop: Callable[[], bool],
+    force: bool = False,
 ) -> None:
     """Measure every choice that is not known yet, and hand over what was found as soon as it is.
 
@@ -117,6 +121,7 @@ def measure(
         known: by label, what was found earlier.
         keep: takes label and ``{tokens, memory, record, threads}``, with ``time`` if there is one; or ``{error}``.
         stop: whether to leave off between two choices.
+        force: measure what memory will not suffice for, too.
     """
     first: str | None = None
     held: Meter | None = None
@@ -128,9 +133,9 @@ def measure(
                 first = first or label
                 continue
             if first is not None and (held is None or held.ended()):
-                held = opened(recipes[first])
+                held = opened(recipes[first], force)
             try:
-                meter = Meter(recipe)
+                meter = Meter(recipe, force)
             except MeterError as error:
                 if held is None:
                     keep(label, {"error": str(error)})
@@ -138,7 +143,7 @@ def measure(
                 held.close()  # perhaps for want of room beside it
                 held = None
                 try:
-                    meter = Meter(recipe)
+                    meter = Meter(recipe, force)
                 except MeterError as again:
                     keep(label, {"error": str(again)})
                     continue
@@ -156,9 +161,9 @@ def measure(
             held.close()
 
 
-def opened(recipe: Recipe) -> Meter | None:
+def opened(recipe: Recipe, force: bool) -> Meter | None:
     try:
-        return Meter(recipe)
+        return Meter(recipe, force)
     except MeterError:
         return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...metrics import read
+from ...metrics import RATES, read
 from ...recipe import FREE, Recipe, flat
 from ...report import analyse, write
 from ..folder import next_free
@@ -237,5 +237,5 @@ def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]
     }
 
 
-NOT_STEPS = ("eval", "save", "tokens_per_second")
+NOT_STEPS = ("eval", "save", *RATES)
 """Entries of a record's `time` that are not part of a step."""

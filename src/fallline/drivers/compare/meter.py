@@ -1,8 +1,8 @@
 """The process that measures one choice: memory and the seconds of a step, on demand.
 
-`python -m fallline.drivers.compare.meter` reads a recipe as JSON ``{"recipe": …}`` from its input, builds the run,
-warms up, and answers with its memory. For every further line, a number of steps, it takes them and answers with their
-seconds. It ends with its input.
+`python -m fallline.drivers.compare.meter` reads a recipe as JSON ``{"recipe": …, "force": …}`` from its input, builds
+the run, warms up, and answers with its memory. For every further line, a number of steps, it takes them and answers
+with their seconds. It ends with its input.
 
 Memory is what the process has above its state after import: on a CPU its resident size, whose highest value is set
 back once the parts are built, so that reading the data does not count; on CUDA what torch's allocator gave out.
@@ -10,7 +10,6 @@ back once the parts are built, so that reading the data does not count; on CUDA 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from ...errors import FalllineError
 from ...metrics import peak_memory, resident_memory
 from ...recipe import Recipe
 from ...step import Run, take_step
+from ..allocator import trim
 from ..setting import build
 from ..train import evaluate, state_bytes
 from .worker import MODELLING
@@ -42,7 +42,8 @@ def meter(asked: TextIO, answers: TextIO) -> None:
     import_module(MODELLING)
     base = resident_memory()
     try:
-        setting = build(Recipe.parse(json.loads(asked.readline())["recipe"]))
+        question = json.loads(asked.readline())
+        setting = build(Recipe.parse(question["recipe"]), check_memory=not question["force"])
         on_cpu = setting.run.device.type == "cpu"
         setting.run.setup()
         if on_cpu:
@@ -69,8 +70,7 @@ def meter(asked: TextIO, answers: TextIO) -> None:
 
 def forget_peak() -> None:
     """Let the highest resident size begin anew; where the system does not offer it, building the parts counts too."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what reading the data has left behind
+    trim()  # what reading the data has left behind
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -46,6 +46,7 @@ def compare(
     out: str | Path | None = None,
     parallel: int = 1,
     resume: bool = False,
+    force: bool = False,
     command: str = "",
     progress: TextIO | None = sys.stderr,
 ) -> Comparison:
@@ -62,6 +63,7 @@ def compare(
         out: folder; None takes the next free runs/compare-RECIPE-NUMBER.
         parallel: runs at a time. Time is measured before, and never in parallel.
         resume: go on with the comparison in `out` (or `recipe`, if that is its folder); choices and seeds may be added.
+        force: measure and run even what memory will not suffice for.
         command: to quote in the report.
         progress: where to tell what goes on; None tells nothing.
 
@@ -81,7 +83,7 @@ def compare(
     else:
         study = ask(path, overrides, over, 1 if seeds is None else seeds, tune, equal or "tokens", parallel, command)
         folder = Path(out) if out is not None else next_free(f"compare-{study.name}")
-    return answer(study, folder, parallel=parallel, resume=resume, progress=progress)
+    return answer(study, folder, parallel=parallel, resume=resume, force=force, progress=progress)
 
 
 def ask(
@@ -130,7 +132,13 @@ def ask(
 
 
 def answer(
-    study: Study, folder: Path, *, parallel: int = 1, resume: bool = False, progress: TextIO | None = sys.stderr
+    study: Study,
+    folder: Path,
+    *,
+    parallel: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    progress: TextIO | None = sys.stderr,
 ) -> Comparison:
     """Do what a study asks, in its folder.
 
@@ -158,7 +166,7 @@ def answer(
     with checkpoint.lock(folder), interruptible() as interrupted:
         try:
             write_study(folder, study)
-            with Work(study, folder, parallel, progress, interrupted) as work:
+            with Work(study, folder, parallel, force, progress, interrupted) as work:
                 work.tidy()
                 work.measure()
                 if interrupted() is None:

@@ -32,9 +32,16 @@ class Work:
     """What one process does of a comparison."""
 
     def __init__(
-        self, study: Study, folder: Path, parallel: int, progress: TextIO | None, interrupted: Callable[[], int | None]
+        self,
+        study: Study,
+        folder: Path,
+        parallel: int,
+        force: bool,
+        progress: TextIO | None,
+        interrupted: Callable[[], int | None],
     ) -> None:
         self.study, self.folder, self.progress, self.interrupted = study, folder, progress, interrupted
+        self.force = force
         self.servers = [Server() for _ in range(parallel)]
         self.measured: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, list[str]] = {}
@@ -88,7 +95,7 @@ class Work:
             self.say(f"  {label}: {told(found)}")
 
         if not self.stopping():
-            measure(recipes, dict(self.measured), keep, self.stopping)
+            measure(recipes, dict(self.measured), keep, self.stopping, self.force)
         if self.stopping():
             return
         void = equal.get("void", [])
@@ -107,7 +114,8 @@ class Work:
 
         def fill(recipe: Recipe, server: Server) -> None:
             if not self.stopping():
-                server({"recipe": recipe.to_yaml(), "name": recipe.name, "log": os.devnull})  # an error comes again
+                job = {"recipe": recipe.to_yaml(), "name": recipe.name, "force": self.force, "log": os.devnull}
+                server(job)  # an error comes again
 
         self.spread(fill, list(distinct.values()))
 

@@ -23,6 +23,7 @@ from typing import Any
 from ... import checkpoint
 from ...catalog import find
 from ...errors import FalllineError, InputError, NonFiniteError, StorageError
+from ...metrics import RATES
 from ...recipe import WORDS, Recipe
 from ..folder import validation_curve, write_text
 from ..setting import build
@@ -62,7 +63,7 @@ def run_job(job: Mapping[str, Any]) -> int:
 
     code = 0
     try:
-        result = train(recipe, resume=resume, progress=None, watch=watch)
+        result = train(recipe, resume=resume, force=True, progress=None, watch=watch)  # it was measured
         if result.signal is not None:
             return 128 + result.signal
         times = [record.get("time", {}) for record in result.metrics]
@@ -72,7 +73,7 @@ def run_job(job: Mapping[str, Any]) -> int:
             "error": result.run.stopped or None,
             "steps": result.run.step,
             "sources": method_sources(recipe),
-            "seconds": sum(s for time in times for phase, s in time.items() if phase != "tokens_per_second"),
+            "seconds": sum(s for time in times for phase, s in time.items() if phase not in RATES),
         }
     except StorageError as error:
         print(f"fallline: error: {error}", file=sys.stderr)
@@ -109,7 +110,7 @@ def method_sources(recipe: Recipe) -> dict[str, str]:
 def fill_caches(job: Mapping[str, Any]) -> int:
     """Build what a recipe needs and forget it again: texts are tokenized and models converted only once."""
     try:
-        build(Recipe.parse(job["recipe"], name=job["name"]))
+        build(Recipe.parse(job["recipe"], name=job["name"]), check_memory=not job["force"])
     except FalllineError as error:
         print(f"fallline: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,213 @@
+"""The memory of a run before it begins: weights, optimizer state, and what a step holds at its height.
+
+    peak = weights + state + max(forward, loss, backward, gradients, update) + overhead
+
+State and the workspace of an update come from the optimizer's card, everything else from a trace of the code that will
+run (`activations`). Nothing of this takes the memory it is about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from ...adapters.layers import inject
+from ...catalog import Card, bytes_of
+from ...footprint import Shapes
+from ...models.base import ModelOptions
+from ...optim.precision import BUCKET, Precision, pick_precision
+from ...optim.roles import ROLES, Role, classify
+from ...recipe import Choice, Recipe
+from .activations import Moment, Pass, Traced, alike, skeleton, trace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
+
+
+KERNELS = 3 << 20
+GAPS = 0.01
+"""Bytes, and share of the sum, that processes took beside their tensors in the first half of the runs of
+`benchmarks/memory_forecast.py`: on a CPU, with freed memory given back at once."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is sized; the choices are those of a recipe.
+
+    Attributes:
+        shape: the model's 🤗 configuration.
+        options: how the model computes.
+        precision: as in a recipe, but ``auto``.
+        rows: of a micro-batch. length: tokens of a row. several: does a step have several micro-batches?
+        device: ``cpu`` or ``cuda``.
+    """
+
+    shape: PretrainedConfig
+    options: ModelOptions
+    adapter: Choice
+    objective: Choice
+    estimator: Choice
+    optimizer: Choice
+    precision: Precision
+    rows: int
+    length: int
+    several: bool = False
+    device: str = "cpu"
+
+
+class Leaf(NamedTuple):
+    """Parameters that are alike: role, shape, bytes of each one's weight, whether they are trained."""
+
+    role: Role
+    shape: tuple[int, ...]
+    bytes: int
+    trained: bool
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes.
+
+    Attributes:
+        parameters, trained: how many.
+        weights: frozen ones, adapters and buffers too. gradients: of all trained parameters. optimizer: its state, with
+            float32 masters.
+        moments: phase → what is held beyond weights and state at its height; ``update`` among them.
+        roles: role → weights, gradients and optimizer state.
+        flops: floating-point operations of a micro-batch's forward and backward.
+        traffic: least bytes that an update moves.
+    """
+
+    parameters: int
+    trained: int
+    weights: float
+    gradients: float
+    optimizer: float
+    moments: dict[str, Moment]
+    roles: dict[str, dict[str, float]]
+    flops: float
+    traffic: float
+
+    @property
+    def height(self) -> str:
+        """The phase with the highest sum."""
+        return max(self.moments, key=lambda phase: self.moments[phase].total)
+
+    @property
+    def activations(self) -> float:
+        """The most that anything but weights, gradients and state takes."""
+        return max(moment.rest for moment in self.moments.values())
+
+    @property
+    def overhead(self) -> float:
+        """What kernels and allocator take beside tensors."""
+        return KERNELS + GAPS * (self.weights + self.optimizer + self.moments[self.height].total)
+
+    @property
+    def peak(self) -> float:
+        """The most at one time."""
+        return self.weights + self.optimizer + self.moments[self.height].total + self.overhead
+
+
+def setup_of(recipe: Recipe, shape: PretrainedConfig, device: str) -> Setup:
+    """What of a recipe decides about memory; `shape`: the model's."""
+    settings = recipe.settings
+    rows = settings.micro or settings.batch
+    return Setup(
+        shape=shape,
+        options=recipe.model.options,
+        adapter=recipe.adapter,
+        objective=recipe.objective,
+        estimator=recipe.estimator,
+        optimizer=recipe.optimizer,
+        precision=pick_precision(settings.precision, device),
+        rows=rows,
+        length=recipe.data.options.length,
+        several=rows < settings.batch,
+        device=device,
+    )
+
+
+def forecast(setup: Setup) -> Forecast:
+    """Size one setup.
+
+    Raises:
+        InputError: the options do not fit the model.
+    """
+    leaves, buffers, layers = leaves_of(setup)
+    return summed(setup, leaves, buffers, trace(asked(setup), layers=layers))
+
+
+def asked(setup: Setup) -> Pass:
+    """What of a setup is traced."""
+    return Pass(
+        setup.shape, DTYPES[setup.precision], setup.options, setup.adapter, setup.objective, setup.estimator,
+        setup.rows, setup.length, setup.device,
+    )  # fmt: skip
+
+
+def leaves_of(setup: Setup) -> tuple[Counter[Leaf], int, int | None]:
+    """How many parameters of each kind; bytes of buffers; the number of layers if they are alike."""
+    with Shapes():
+        model = skeleton(setup.shape, DTYPES[setup.precision], setup.options)
+        layers = alike(model)
+        adapter = setup.adapter.module.build(setup.adapter.options)
+        if adapter is not None:
+            inject(model, adapter, seed=0)
+        roles = classify(model)
+        found = Counter(
+            Leaf(roles[name], tuple(p.shape), p.numel() * p.element_size(), p.requires_grad)
+            for name, p in model.named_parameters()
+        )
+        return found, sum(b.numel() * b.element_size() for b in model.buffers()), layers
+
+
+def separable(optimizer: Choice) -> bool:
+    """Does an optimizer treat parameters one by one?"""
+    params = {"layers.0.weight": (nn.Parameter(torch.zeros(2, 2)), "matrix")}
+    return bool(optimizer.module.build(optimizer.options, params, seed=0).separable)
+
+
+def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced) -> Forecast:
+    """Put parts together."""
+    card: Card = setup.optimizer.module.CARD
+    options = vars(setup.optimizer.options)
+    master = setup.precision == "bfloat16"
+    roles: dict[str, dict[str, float]] = {}
+    workspace = traffic = narrow = (
+        0.0  # elements that are trained in less than float32: float32 copies are made or kept
+    )
+    for leaf, times in leaves.items():
+        parts = roles.setdefault(leaf.role, {"weights": 0, "gradients": 0, "optimizer": 0})
+        parts["weights"] += times * leaf.bytes
+        if leaf.trained:
+            low = leaf.bytes < 4 * leaf.elements
+            narrow += times * leaf.elements * low
+            workspace = max(workspace, bytes_of(card.workspace_bytes, leaf.role, leaf.shape, options))
+            state = bytes_of(card.state_bytes, leaf.role, leaf.shape, options) + 4 * leaf.elements * (master and low)
+            traffic += times * bytes_of(card.traffic_bytes, leaf.role, leaf.shape, options)
+            parts["gradients"] += times * leaf.bytes
+            parts["optimizer"] += times * state
+    bucket = min(narrow, BUCKET) if narrow and separable(setup.optimizer) else narrow
+    gradients = sum(parts["gradients"] for parts in roles.values())
+    workspace += bucket * (4 if master else 8)
+    moments = {phase: moment.after(gradients) if setup.several else moment for phase, moment in traced.heights.items()}
+    return Forecast(
+        parameters=sum(times * leaf.elements for leaf, times in leaves.items()),
+        trained=sum(times * leaf.elements for leaf, times in leaves.items() if leaf.trained),
+        weights=sum(parts["weights"] for parts in roles.values()) + buffers,
+        gradients=gradients,
+        optimizer=sum(parts["optimizer"] for parts in roles.values()),
+        moments=moments | {"update": Moment(gradients + workspace, workspace)},
+        roles={role: roles[role] for role in ROLES if role in roles},
+        flops=traced.flops,
+        traffic=traffic,
+    )

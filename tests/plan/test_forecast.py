@@ -1,0 +1,142 @@
+"""Weights, gradients and state are those of a real run; what an update takes beside them is what the card says."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from fallline.catalog import bytes_of, entries, find
+from fallline.drivers.compare.meter import split
+from fallline.drivers.plan import forecast, setup_of
+from fallline.drivers.plan.question import plan, recipe_of
+from fallline.drivers.plan.table import Row
+from fallline.drivers.setting import build
+from fallline.drivers.skeleton import shape_of
+from fallline.footprint import Held
+from fallline.recipe import Recipe
+from fallline.step import take_step
+
+from .models import config
+
+OPTIMIZERS = sorted(id for kind, id in entries() if kind == "optimizer")
+OPTIONS = {"lanton": {"alpha": 1.0, "noise_momentum": 0.9}}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("optimizer=scale",),
+        ("adapter=lora",),
+        ("precision=bfloat16",),
+        ("precision=bfloat16-stochastic",),
+        ("precision=bfloat16", "adapter=lora", "optimizer=adamw-8bit"),
+    ],
+    ids=" ".join,
+)
+def test_what_stays_is_what_a_run_has(words: tuple[str, ...]):
+    recipe = Recipe.parse(
+        "model: {name: llama, preset: tiny}\ndata: {name: python-docs, length: 32, vocab: 512}\nsteps: 2\nbatch: 2\n"
+        "schedule: constant",
+        *words,
+    )
+    run = build(recipe).run
+    take_step(run)
+    real = split(run, 0)
+    found = forecast(setup_of(recipe, run.model.config, "cpu"))
+    assert found.weights == real["weights"]
+    assert found.gradients == real["gradients"]
+    assert found.optimizer == pytest.approx(real["optimizer"], rel=1e-3)  # and a few step counts
+    assert found.parameters == sum(p.numel() for p in run.model.parameters())
+    assert found.trained == sum(p.numel() for p in run.trainable().values())
+    for role in found.roles.values():
+        assert set(role) == {"weights", "gradients", "optimizer"}
+    assert sum(role["optimizer"] for role in found.roles.values()) == found.optimizer
+
+
+class Matrices(nn.Module):
+    """Hidden matrices, or a table and a vector."""
+
+    def __init__(self, m: int, n: int, number: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for _ in range(number))
+
+
+class Others(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3000, 128)
+        self.norm = nn.Parameter(torch.ones(3000))
+
+
+@pytest.mark.parametrize("id", OPTIMIZERS)
+@pytest.mark.parametrize("model", [Matrices(512, 1024), Matrices(1024, 512), Others()], ids=["wide", "tall", "others"])
+def test_workspace_is_that_of_the_card(id: str, model: nn.Module):
+    """Counted are tensors; what C loops and torch's kernels take for themselves is small."""
+    module = find("optimizer", id).load()
+    options = OPTIONS.get(id, {}) | ({"rank": 64} if "rank" in module.Config.__dataclass_fields__ else {})
+    config = module.Config(**options)
+    optimizer = module.build(config, model, seed=0)
+    params = list(model.parameters())
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    with Held() as held:
+        for p in params:
+            held.know(p, p.grad, *(t for t in flat(optimizer.state[p])))
+        optimizer.step()
+    for p in params:
+        p.grad = None
+    role = "head" if isinstance(model, Others) else "matrix"
+    card = module.CARD.workspace_bytes
+    told = max(bytes_of(card, role if p.ndim > 1 else "vector", p.shape, vars(config)) for p in params)
+    assert held.height < 1.05 * told + 5e6, (held.height, told)
+    assert told < 2 * held.height + 5e6, (held.height, told)
+
+
+def flat(tree: object) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [t for value in tree.values() for t in flat(value)] if isinstance(tree, dict) else []
+
+
+def test_seven_billion_parameters_are_planned_from_shapes():
+    found = forecast(setup_of(recipe_of(["precision=bfloat16"], 2048, 1), shape_of("7b"), "cuda"))
+    assert found.parameters == 6_738_415_616
+    assert found.weights == pytest.approx(2 * found.parameters, rel=1e-4)
+    assert found.optimizer == pytest.approx((8 + 4) * found.parameters, rel=1e-4)
+    assert found.peak > 16 * found.parameters
+
+
+def test_the_table_is_in_the_order_it_states():
+    memory = 150e6
+    rows = plan_tiny(memory)
+    assert [row.order for row in rows] == sorted(row.order for row in rows)
+    for row in rows:
+        assert (row.fits == "no") == (row.forecast.peak > memory)
+    assert {row.fits for row in rows} >= {"yes", "no"}
+    assert {row.setup.adapter.id for row in rows} >= {"none", "lora"}
+    assert {row.setup.options.checkpointing for row in rows} == {False, True}
+    ids = {row.setup.optimizer.id for row in rows}
+    assert ids == set(OPTIMIZERS) - {"lanton"}, "all that need no options"
+
+
+def test_more_memory_takes_more_rows_at_a_time():
+    def most(memory: float) -> int:
+        rows = [row for row in plan_tiny(memory) if row.setup.adapter.id == "lora" and row.fits == "yes"]
+        return max(row.setup.rows for row in rows if not row.setup.options.checkpointing)
+
+    assert most(85e6) < most(95e6) < most(150e6) == 8
+
+
+@cache
+def plan_tiny(memory: float) -> list[Row]:
+    return plan("tiny", memory=memory, length=64, batch=8)
+
+
+def test_an_architecture_without_alike_layers_is_sized_too():
+    found = forecast(setup_of(recipe_of(["model.attention=eager"], 32, 2), config("gemma2", 3), "cpu"))
+    assert found.peak > found.weights + found.optimizer
