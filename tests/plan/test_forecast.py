@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fallline.catalog import bytes_of, entries, find
 from fallline.drivers.compare.meter import split
@@ -140,3 +141,13 @@ def plan_tiny(memory: float) -> list[Row]:
 def test_an_architecture_without_alike_layers_is_sized_too():
     found = forecast(setup_of(recipe_of(["model.attention=eager"], 32, 2), config("gemma2", 3), "cpu"))
     assert found.peak > found.weights + found.optimizer
+
+
+def test_what_cannot_be_traced_is_named_with_what_was_assumed():
+    experts = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, num_local_experts=4,
+    )  # fmt: skip
+    found = forecast(setup_of(recipe_of([], 32, 2), experts, "cpu"))
+    assert "'mixtral'" in found.assumed
+    assert found.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(experts).parameters())

@@ -119,6 +119,7 @@ def table(model: str, rows: Sequence[Rated], memory: float, number: int) -> list
         "",
         f"GiB; not all at one time, so that they do not add up to the peak. Order: {ORDER}.",
         f"{len(rows)} of {number} combinations" + ("; all of them: --all" if len(rows) < number else ""),
+        *([f"Assumed: {first.forecast.assumed}"] if first.forecast.assumed else []),
     ]
 
 
@@ -141,6 +142,8 @@ def explained(row: Row, memory: float) -> list[str]:
             f"{phase:14} {gib(f.weights):>7} {gib(f.optimizer):>6} {gib(moment.gradients):>10} {gib(moment.rest):>6} "
             f"{gib(f.weights + f.optimizer + moment.total):>6}{mark}"
         )
+    if f.assumed:
+        lines += ["", f"Assumed: {f.assumed}"]
     return [
         *lines,
         "",

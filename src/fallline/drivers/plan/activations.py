@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...adapters.layers import inject
@@ -114,6 +114,23 @@ def trace(asked: Pass, *, layers: int | None) -> Traced:
 
     found = {p: Moment(*map(line, a.heights[p], b.heights[p])) for p in PHASES}
     return Traced(found, line(a.flops, b.flops))
+
+
+def stand_in(shape: PretrainedConfig) -> LlamaConfig:
+    """A Llama of the same sizes; of a mixture of experts, with what one token passes through.
+
+    Raises:
+        AttributeError: the configuration does not have them.
+    """
+    text = shape.get_text_config()
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 4 * text.hidden_size)
+    return LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=inner * getattr(text, "num_experts_per_tok", 1),
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=getattr(text, "num_attention_heads", 1),
+    )
 
 
 def skeleton(shape: PretrainedConfig, dtype: torch.dtype, options: ModelOptions) -> PreTrainedModel:

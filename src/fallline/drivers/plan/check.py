@@ -49,7 +49,11 @@ def check(recipe: Recipe, shape: PretrainedConfig, device: torch.device) -> None
     setup = setup_of(recipe, shape, device.type)
     if free is None or SLACK * bound(setup) < free:
         return
-    needed = forecast(setup).peak
+    found = forecast(setup)
+    needed = found.peak
+    if found.assumed and needed > free:
+        log.warning("this run may need %s where %s are free; assumed: %s", size(needed), size(free), found.assumed)
+        return
     if needed <= free:
         if device.type == "cpu" and needed > free / LOOSE and thrift():
             log.warning(

@@ -8,8 +8,9 @@ run (`activations`). Nothing of this takes the memory it is about.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,14 @@ from transformers import PretrainedConfig
 
 from ...adapters.layers import inject
 from ...catalog import Card, bytes_of
+from ...errors import InputError
 from ...footprint import Shapes
 from ...models.base import ModelOptions
+from ...models.loading import has_sdpa
 from ...optim.precision import BUCKET, Precision, pick_precision
 from ...optim.roles import ROLES, Role, classify
 from ...recipe import Choice, Recipe
-from .activations import Moment, Pass, Traced, alike, skeleton, trace
+from .activations import Moment, Pass, Traced, alike, skeleton, stand_in, trace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
 
@@ -84,6 +87,7 @@ class Forecast:
         roles: role → weights, gradients and optimizer state.
         flops: floating-point operations of a micro-batch's forward and backward.
         traffic: least bytes that an update moves.
+        assumed: what was taken for granted, in words; empty: nothing.
     """
 
     parameters: int
@@ -95,6 +99,7 @@ class Forecast:
     roles: dict[str, dict[str, float]]
     flops: float
     traffic: float
+    assumed: str
 
     @property
     def height(self) -> str:
@@ -119,11 +124,13 @@ class Forecast:
 
 def setup_of(recipe: Recipe, shape: PretrainedConfig, device: str) -> Setup:
     """What of a recipe decides about memory; `shape`: the model's."""
-    settings = recipe.settings
+    settings, options = recipe.settings, recipe.model.options
+    if options.attention == "sdpa" and not has_sdpa(shape):
+        options = replace(options, attention="eager")  # the only one it has
     rows = settings.micro or settings.batch
     return Setup(
         shape=shape,
-        options=recipe.model.options,
+        options=options,
         adapter=recipe.adapter,
         objective=recipe.objective,
         estimator=recipe.estimator,
@@ -143,7 +150,31 @@ def forecast(setup: Setup) -> Forecast:
         InputError: the options do not fit the model.
     """
     leaves, buffers, layers = leaves_of(setup)
-    return summed(setup, leaves, buffers, trace(asked(setup), layers=layers))
+    traced, assumed = trace_or_assume(setup, layers)
+    return summed(setup, leaves, buffers, traced, assumed)
+
+
+def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
+    """Trace a setup; one that cannot be run on shapes is given the activations of a Llama of the same sizes, and the
+    second value says so.
+
+    Raises:
+        InputError: the configuration does not even have sizes.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True  # it would tell what is told below
+    try:
+        return trace(asked(setup), layers=layers), ""
+    except Exception as error:
+        kind, reason = setup.shape.model_type, str(error).split("\n")[0]
+        try:
+            same = stand_in(setup.shape)
+        except AttributeError as missing:
+            raise InputError(f"a {kind!r} model cannot be sized: {reason}; {missing}") from error
+        told = f"activations of a Llama of the same sizes, as a {kind!r} model cannot be traced: {reason}"
+        return trace(asked(replace(setup, shape=same)), layers=same.num_hidden_layers), told
+    finally:
+        log.disabled = before
 
 
 def asked(setup: Setup) -> Pass:
@@ -176,7 +207,7 @@ def separable(optimizer: Choice) -> bool:
     return bool(optimizer.module.build(optimizer.options, params, seed=0).separable)
 
 
-def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced) -> Forecast:
+def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced, assumed: str) -> Forecast:
     """Put parts together."""
     card: Card = setup.optimizer.module.CARD
     options = vars(setup.optimizer.options)
@@ -210,4 +241,5 @@ def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced) ->
         roles={role: roles[role] for role in ROLES if role in roles},
         flops=traced.flops,
         traffic=traffic,
+        assumed=assumed,
     )

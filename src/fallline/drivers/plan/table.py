@@ -13,8 +13,8 @@ from ...catalog import entries
 from ...errors import InputError
 from ...optim.precision import Precision
 from ...recipe import Choice
-from .activations import PHASES, Moment, Traced, trace
-from .forecast import DTYPES, Forecast, Leaf, Setup, asked, leaves_of, summed
+from .activations import PHASES, Moment, Traced
+from .forecast import DTYPES, Forecast, Leaf, Setup, leaves_of, summed, trace_or_assume
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("float32",),
@@ -79,6 +79,7 @@ class Row(NamedTuple):
             "optimizer_state": round(f.optimizer),
             "moments": {p: {"gradients": round(m.gradients), "rest": round(m.rest)} for p, m in f.moments.items()},
             "overhead": round(f.overhead),
+            "assumed": f.assumed,
             "flops_per_token": round(self.work),
             "traffic": round(f.traffic),
             "parameters": f.parameters,
@@ -92,12 +93,12 @@ class Base:
     def __init__(self, setup: Setup, parts: tuple[Counter[Leaf], int, int | None]) -> None:
         self.setup = setup
         self.leaves, self.buffers, self.layers = parts
-        self._traced: dict[int, Traced] = {}
+        self._traced: dict[int, tuple[Traced, str]] = {}
 
-    def of(self, rows: int) -> Traced:
-        """The pass of so many rows."""
+    def of(self, rows: int) -> tuple[Traced, str]:
+        """The pass of so many rows, and what was assumed."""
         if rows not in self._traced:
-            self._traced[rows] = trace(asked(replace(self.setup, rows=rows)), layers=self.layers)
+            self._traced[rows] = trace_or_assume(replace(self.setup, rows=rows), self.layers)
         return self._traced[rows]
 
 
@@ -127,10 +128,10 @@ def combinations(first: Setup, *, memory: float, batch: int, device: str) -> lis
 def _optimizers(setup: Setup, base: Base, memory: float, batch: int) -> Iterator[Row]:
     for optimizer in choices("optimizer"):
         here = replace(setup, optimizer=optimizer)
-        least = summed(here, base.leaves, base.buffers, NOTHING).peak  # what stays
+        least = summed(here, base.leaves, base.buffers, NOTHING, "").peak  # what stays
         for rows in reversed([1 << k for k in range(batch.bit_length())]) if least <= memory else (1,):
             here = replace(here, rows=rows, several=rows < batch)
-            found = summed(here, base.leaves, base.buffers, base.of(rows))
+            found = summed(here, base.leaves, base.buffers, *base.of(rows))
             fits = verdict(found.peak, memory)
             if fits == "yes" or rows == 1:
                 yield Row(here, found, fits)
