@@ -36,9 +36,8 @@ from fallline.recipe import Recipe
 from fallline.step import take_step
 from harness import ROOT, save
 
-NUMBER = 56
-LIMIT = 5e9  # bytes of a forecast
-WORK = 2e12  # operations of a step
+NUMBER = 48
+WORK = 5e11  # operations of a step
 SOURCES = [
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src/fallline/drivers/plan").glob("*.py")),
     "src/fallline/footprint.py",

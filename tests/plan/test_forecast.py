@@ -151,3 +151,10 @@ def test_what_cannot_be_traced_is_named_with_what_was_assumed():
     found = forecast(setup_of(recipe_of([], 32, 2), experts, "cpu"))
     assert "'mixtral'" in found.assumed
     assert found.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(experts).parameters())
+
+
+def test_an_estimator_that_needs_values_is_sized_as_backpropagation():
+    words = ["estimator={name: dpsgd, noise: 1.0}", "sampler={name: poisson}"]
+    found = forecast(setup_of(recipe_of(words, 32, 2), config("llama", 2), "cpu"))
+    plain = forecast(setup_of(recipe_of([], 32, 2), config("llama", 2), "cpu"))
+    assert found.peak >= plain.peak

@@ -19,14 +19,13 @@ from ..isolation import check_isolation
 from ..metrics import Clock
 from ..models.identity import fingerprint
 from ..optim.base import Named
-from ..optim.precision import low_precision, pick_precision
+from ..optim.precision import DTYPES, low_precision, pick_precision
 from ..ranks import world
 from ..recipe import Recipe
 from ..step import Run
 from .plan.check import check
 
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
 
 
 @dataclass

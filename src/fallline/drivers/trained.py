@@ -18,8 +18,9 @@ from ..errors import InputError, nearest
 from ..models.base import ModelOptions
 from ..models.identity import fingerprint
 from ..models.loading import configuration, has_sdpa, load_model, load_tokenizer, loading, quietly
+from ..optim.precision import DTYPES
 from ..recipe import Recipe
-from .setting import DTYPES, pick_device
+from .setting import pick_device
 
 Opened = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

@@ -25,6 +25,9 @@ from .roles import Leaves, Role, classify, leaves
 
 Precision = Literal["float32", "bfloat16", "bfloat16-stochastic"]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
+"""What parameters are stored in."""
+
 BUCKET = 1 << 26
 """Elements: 512 MiB of copies and gradients at a time."""
 

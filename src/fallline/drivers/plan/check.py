@@ -12,9 +12,10 @@ import torch
 from transformers import PretrainedConfig
 
 from ...errors import InputError
+from ...optim.precision import DTYPES
 from ...recipe import Choice, Recipe
 from ..allocator import thrift
-from .forecast import DTYPES, Setup, forecast, setup_of
+from .forecast import Setup, forecast, setup_of
 from .table import choices
 
 log = logging.getLogger("fallline")
@@ -49,7 +50,11 @@ def check(recipe: Recipe, shape: PretrainedConfig, device: torch.device) -> None
     setup = setup_of(recipe, shape, device.type)
     if free is None or SLACK * bound(setup) < free:
         return
-    found = forecast(setup)
+    try:
+        found = forecast(setup)
+    except InputError as error:  # if it is the recipe's fault, that is told when the parts are built
+        log.warning("the memory of this run was not forecast: %s", error)
+        return
     needed = found.peak
     if found.assumed and needed > free:
         log.warning("this run may need %s where %s are free; assumed: %s", size(needed), size(free), found.assumed)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,18 +20,15 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ...adapters.layers import inject
-from ...catalog import Card, bytes_of
+from ...catalog import Card, bytes_of, find
 from ...errors import InputError
 from ...footprint import Shapes
 from ...models.base import ModelOptions
 from ...models.loading import has_sdpa
-from ...optim.precision import BUCKET, Precision, pick_precision
+from ...optim.precision import BUCKET, DTYPES, Precision, pick_precision
 from ...optim.roles import ROLES, Role, classify
 from ...recipe import Choice, Recipe
 from .activations import Moment, Pass, Traced, alike, skeleton, stand_in, trace
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16-stochastic": torch.bfloat16}
-
 
 KERNELS = 3 << 20
 GAPS = 0.01
@@ -155,26 +154,38 @@ def forecast(setup: Setup) -> Forecast:
 
 
 def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
-    """Trace a setup; one that cannot be run on shapes is given the activations of a Llama of the same sizes, and the
-    second value says so.
+    """Trace a setup. One that cannot be run on shapes is traced with plain backpropagation, or else given the
+    activations of a Llama of the same sizes; the second value says so.
 
     Raises:
-        InputError: the configuration does not even have sizes.
+        InputError: none of these can be traced.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it would tell what is told below
+    kind, reason = setup.shape.model_type, ""
     try:
-        return trace(asked(setup), layers=layers), ""
-    except Exception as error:
-        kind, reason = setup.shape.model_type, str(error).split("\n")[0]
-        try:
-            same = stand_in(setup.shape)
-        except AttributeError as missing:
-            raise InputError(f"a {kind!r} model cannot be sized: {reason}; {missing}") from error
-        told = f"activations of a Llama of the same sizes, as a {kind!r} model cannot be traced: {reason}"
-        return trace(asked(replace(setup, shape=same)), layers=same.num_hidden_layers), told
+        for here, assumed in ways(setup):
+            same = here.shape is setup.shape
+            try:
+                found = trace(asked(here), layers=layers if same else here.shape.num_hidden_layers)
+            except Exception as error:  # whatever code says that was asked for values it does not have
+                reason = reason or str(error).split("\n")[0]
+            else:
+                return found, assumed and f"{assumed}, as {setup.estimator.id} on a {kind!r} model cannot be traced"
     finally:
         log.disabled = before
+    raise InputError(f"{setup.estimator.id} on a {kind!r} model cannot be sized: {reason}")
+
+
+def ways(setup: Setup) -> Iterator[tuple[Setup, str]]:
+    """What to trace for a setup, and what is assumed by that."""
+    yield setup, ""
+    plain = Choice("estimator", "backprop", find("estimator", "backprop").load().Config())
+    if setup.estimator.id != plain.id:
+        yield replace(setup, estimator=plain), "activations of plain backpropagation"
+    with suppress(AttributeError):
+        same = replace(setup, estimator=plain, shape=stand_in(setup.shape))
+        yield same, "activations of plain backpropagation of a Llama of the same sizes"
 
 
 def asked(setup: Setup) -> Pass:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from ...adapters.layers import inject
 from ...models.base import finish
+from ...optim.precision import DTYPES
 from .activations import fewer, problem, trace
-from .forecast import DTYPES, Forecast, Setup, asked
+from .forecast import Forecast, Setup, asked
 
 SECONDS = 5.0
 WORDS = 1024

@@ -11,10 +11,10 @@ import torch
 
 from ...catalog import entries
 from ...errors import InputError
-from ...optim.precision import Precision
+from ...optim.precision import DTYPES, Precision
 from ...recipe import Choice
 from .activations import PHASES, Moment, Traced
-from .forecast import DTYPES, Forecast, Leaf, Setup, leaves_of, summed, trace_or_assume
+from .forecast import Forecast, Leaf, Setup, leaves_of, summed, trace_or_assume
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("float32",),
