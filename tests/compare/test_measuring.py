@@ -56,7 +56,7 @@ class World:
 def found(world: World, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any] | None = None) -> dict[str, Any]:
     recipes = {label: Recipe.load("recipes/tiny.yaml") for label in LABELS}
     labels = {id(recipe): label for label, recipe in recipes.items()}
-    monkeypatch.setattr(measuring, "Meter", lambda recipe: world.meter(labels[id(recipe)]))
+    monkeypatch.setattr(measuring, "Meter", lambda recipe, force: world.meter(labels[id(recipe)]))
     kept: dict[str, Any] = {}
     measure(recipes, known or {}, kept.__setitem__, lambda: False)
     assert world.open == [], "every process was ended"
