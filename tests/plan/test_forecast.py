@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fallline.catalog import bytes_of, entries, find
 from fallline.drivers.compare.meter import split
-from fallline.drivers.plan import forecast, setup_of
+from fallline.drivers.plan import forecast, setup_of, speed
 from fallline.drivers.plan.question import plan, recipe_of
 from fallline.drivers.plan.table import Row
 from fallline.drivers.setting import build
@@ -158,3 +158,13 @@ def test_an_estimator_that_needs_values_is_sized_as_backpropagation():
     found = forecast(setup_of(recipe_of(words, 32, 2), config("llama", 2), "cpu"))
     plain = forecast(setup_of(recipe_of([], 32, 2), config("llama", 2), "cpu"))
     assert found.peak >= plain.peak
+
+
+def test_speed_is_that_of_real_passes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.2)
+    here = setup_of(recipe_of([], 64, 2), config("llama", 3), "cpu")
+    found = speed.calibrate(here, torch.device("cpu"))
+    assert 1e7 < found.flops < 1e14
+    assert 1e7 < found.bytes < 1e13
+    told = forecast(here)
+    assert found.step(told, 4) - found.step(told, 3) == pytest.approx(told.flops / found.flops)

@@ -48,20 +48,20 @@ def calibrate(setup: Setup, device: torch.device) -> Speed:
     small = fewer(setup.shape, 1)
     small.get_text_config().vocab_size = WORDS
     here = replace(setup, shape=small, rows=1, length=min(setup.length, 64), several=False)
-    while True:
-        seconds = passes(here, device, began + SECONDS)
-        if (here.rows, here.length) == (setup.rows, setup.length) or statistics.median(seconds) > TURN:
+    while (here.rows, here.length) != (setup.rows, setup.length):
+        if statistics.median(passes(here, device, began)) > TURN:
             break
         if here.length < setup.length:
             here = replace(here, length=min(setup.length, 4 * here.length))
         else:
             here = replace(here, rows=min(setup.rows, 2 * here.rows))
+    seconds = passes(here, device, began + SECONDS)
     flops = trace(asked(here), layers=None).flops
     return Speed(flops / statistics.median(seconds), copies(device))
 
 
 def passes(setup: Setup, device: torch.device, until: float) -> list[float]:
-    """Seconds of forwards and backwards after one that does not count, at most until then, at least two."""
+    """Seconds of forwards and backwards after one that does not count, until then, but at least two."""
     with device:
         model = AutoModelForCausalLM.from_config(
             setup.shape, dtype=DTYPES[setup.precision], attn_implementation=setup.options.attention
@@ -74,7 +74,7 @@ def passes(setup: Setup, device: torch.device, until: float) -> list[float]:
     objective = setup.objective.module.build(setup.objective.options)
     estimator = setup.estimator.module.build(setup.estimator.options)
     seconds = list[float]()
-    while len(seconds) < 3 or (len(seconds) < 6 and time.perf_counter() < until):
+    while len(seconds) < 3 or time.perf_counter() < until:
         question = problem(asked(setup), model, objective, params, device)
         start = time.perf_counter()
         estimator(question)
