@@ -164,7 +164,7 @@ def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
     before, log.disabled = log.disabled, True  # it would tell what is told below
     kind, reason = setup.shape.model_type, ""
     try:
-        for here, assumed in ways(setup):
+        for here, assumed in attempts(setup):
             same = here.shape is setup.shape
             try:
                 found = trace(asked(here), layers=layers if same else here.shape.num_hidden_layers)
@@ -177,7 +177,7 @@ def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
     raise InputError(f"{setup.estimator.id} on a {kind!r} model cannot be sized: {reason}")
 
 
-def ways(setup: Setup) -> Iterator[tuple[Setup, str]]:
+def attempts(setup: Setup) -> Iterator[tuple[Setup, str]]:
     """What to trace for a setup, and what is assumed by that."""
     yield setup, ""
     plain = Choice("estimator", "backprop", find("estimator", "backprop").load().Config())
