@@ -13,10 +13,9 @@ from transformers import PretrainedConfig
 
 from ...errors import InputError
 from ...optim.precision import DTYPES
-from ...recipe import Choice, Recipe
+from ...recipe import Recipe
 from ..allocator import thrift
-from .forecast import Setup, forecast, setup_of
-from .table import choices
+from .forecast import Setup, default, forecast, setup_of
 
 log = logging.getLogger("fallline")
 
@@ -88,17 +87,12 @@ def ways(setup: Setup) -> Iterator[Way]:
     lean = replace(spared, rows=1, several=True)
     for optimizer in ("adamw-8bit", "scale"):
         if setup.optimizer.id != optimizer:
-            other = replace(lean, optimizer=named(optimizer))
+            other = replace(lean, optimizer=default("optimizer", optimizer))
             yield Way(f"optimizer={optimizer} model.checkpointing=true micro=1", other)
     if setup.adapter.id == "none":
-        adapter = next(choice for choice in choices("adapter") if choice.id == "lora")
+        adapter = default("adapter", "lora")
         yield Way("adapter=lora", replace(setup, adapter=adapter))
         yield Way("adapter=lora model.checkpointing=true micro=1", replace(lean, adapter=adapter))
-
-
-def named(optimizer: str) -> Choice:
-    """An optimizer with its defaults."""
-    return next(choice for choice in choices("optimizer") if choice.id == optimizer)
 
 
 def bound(setup: Setup) -> float:

@@ -32,8 +32,8 @@ from .activations import Moment, Pass, Traced, alike, skeleton, stand_in, trace
 
 KERNELS = 3 << 20
 GAPS = 0.01
-"""Bytes, and share of the sum, that processes took beside their tensors in the first half of the runs of
-`benchmarks/memory_forecast.py`: on a CPU, with freed memory given back at once."""
+"""Bytes, and share of the sum, that processes take beside their tensors on a CPU, with freed memory given back at once.
+Fitted once, on fourteen development runs of an earlier draw of `benchmarks/memory_forecast.py`."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,17 @@ def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
 def attempts(setup: Setup) -> Iterator[tuple[Setup, str]]:
     """What to trace for a setup, and what is assumed by that."""
     yield setup, ""
-    plain = Choice("estimator", "backprop", find("estimator", "backprop").load().Config())
+    plain = default("estimator", "backprop")
     if setup.estimator.id != plain.id:
         yield replace(setup, estimator=plain), "activations of plain backpropagation"
     with suppress(AttributeError):
         same = replace(setup, estimator=plain, shape=stand_in(setup.shape))
         yield same, "activations of plain backpropagation of a Llama of the same sizes"
+
+
+def default(kind: str, id: str) -> Choice:
+    """A method with its defaults."""
+    return Choice(kind, id, find(kind, id).load().Config())
 
 
 def asked(setup: Setup) -> Pass:
