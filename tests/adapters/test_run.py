@@ -121,7 +121,8 @@ def test_the_gradient_does_not_depend_on_how_it_is_computed(
     base: Path, corpus: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     batch = next((m for m in more if m.startswith("batch")), "batch=4")
-    plain, other = (build(recipe(base, corpus, tmp_path / "a", *options)).run for options in ((batch,), (batch, *more)))
+    rule = ("optimizer=sgd", "optimizer.lr=1")  # Adam makes whole steps of what rounding leaves of a zero
+    plain, other = (build(recipe(base, corpus, tmp_path / "a", batch, *rule, *options)).run for options in ((), more))
     for run in (plain, other):
         for _ in range(2):
             take_step(run)

@@ -6,7 +6,8 @@ fallline.adapters.save(model, "out/")  # a PEFT checkpoint
 fallline.adapters.merge(model)  # or: add it into the weights
 """
 
-from .layers import activate, attach, disabled, merge, names, remove, unmerge
+from .begin import attach
+from .layers import activate, disabled, follow, merge, names, remove, unmerge
 from .peft import load, save
 
-__all__ = ["activate", "attach", "disabled", "load", "merge", "names", "remove", "save", "unmerge"]
+__all__ = ["activate", "attach", "disabled", "follow", "load", "merge", "names", "remove", "save", "unmerge"]

@@ -4,14 +4,14 @@
 
 A method says which tensors P holds for a weight [m, n], how they begin, what ΔW they stand for, and how to apply it
 without forming it. Which layers get one, freezing, several adapters by name, merging and saving are `layers.py` and
-`peft.py`, and the same for every method.
+`peft.py`, and the same for every method; so is what a method begins from, beside the weight (`begin.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class AdapterOptions(Options):
 
 
 class LoraFactors(NamedTuple):
-    """ΔW = s B A as PEFT stores it, with s = α/r, or α/√r where the configuration says rsLoRA.
+    """ΔW = s B A as PEFT stores a LoRA, with s = α/r, or α/√r where the configuration says rsLoRA.
 
     Attributes:
         A: [r, n]. B: [m, r]. alpha: α.
@@ -52,23 +52,40 @@ class LoraFactors(NamedTuple):
 
 
 class Adapter:
-    """One method with its options. `P` holds the tensors that `shapes` names, as attributes.
+    """One method with its options. `P` holds the tensors that `shapes` and `frozen` name, as attributes.
 
     Attributes:
         id: of the method. config: its options.
+        needs: what it begins from beside the weight: the gradient of the weight on some of the data, or the inputs of
+            the layer on them.
+        peft_type: under which PEFT stores it.
     """
 
     id: ClassVar[str]
+    needs: ClassVar[Literal["", "gradient", "inputs"]] = ""
+    peft_type: ClassVar[str] = "LORA"
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def shapes(self, m: int, n: int) -> Mapping[str, tuple[int, ...]]:
-        """Name → shape of the parameters for a weight [m, n]."""
+        """Name → shape of the parameters for a weight [m, n].
+
+        Raises:
+            InputError: such a weight cannot have this adapter.
+        """
         raise NotImplementedError
 
+    def frozen(self, m: int, n: int) -> Mapping[str, tuple[int, ...]]:
+        """Name → shape of what belongs to the adapter and is not trained; it is part of the state."""
+        return {}
+
     def init(self, P: nn.Module, W: Weight, noise: torch.Generator) -> None:
-        """Fill `P`'s parameters, which are zero, in place. `noise` draws on the CPU."""
+        """Fill `P`'s tensors, which are zero, in place. `noise` draws on the CPU. Without `needs`."""
+        raise NotImplementedError
+
+    def begin(self, P: nn.Module, W: Weight, noise: torch.Generator, found: Tensor) -> None:
+        """The same with what `needs` asks for: the gradient [m, n]."""
         raise NotImplementedError
 
     def delta(self, P: Any, W: Weight) -> Tensor:
@@ -86,10 +103,18 @@ class Adapter:
         """x (W + ΔW)ᵀ + b. A method may have a faster way than this one, with the same result."""
         return F.linear(x, W(), bias) + self.apply(P, x, W, training)
 
+    def after_update(self, P: Any) -> None:
+        """What the method does to its parameters after each update of the optimizer, in place."""
+
     def factors(self, P: Any) -> LoraFactors:
-        """ΔW as a LoRA."""
+        """ΔW as a LoRA. α is the rank, so that s = 1, unless `peft_config` says otherwise."""
         raise NotImplementedError
 
+    def stored(self, P: Any) -> Mapping[str, Tensor]:
+        """What PEFT stores of a layer: the end of the tensor's name → tensor."""
+        found = self.factors(P)
+        return {"lora_A.weight": found.A, "lora_B.weight": found.B}
+
     def peft_config(self) -> dict[str, Any]:
-        """What of PEFT's LoraConfig is the same for all layers."""
-        raise NotImplementedError
+        """What PEFT's configuration says of the method: all but ranks and α of a LoRA, which are read off `factors`."""
+        return {"lora_dropout": 0.0, "use_rslora": False}

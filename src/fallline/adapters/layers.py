@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..catalog import find
 from ..errors import InputError, nearest
 from ..noise import rng
 from .base import Adapter
@@ -50,6 +50,10 @@ class Adapted(nn.Module):
 
     def matrix(self) -> Tensor:
         """W [m, n], a view of `weight`."""
+        return self.turned(cast(Tensor, self.weight))
+
+    def turned(self, t: Tensor) -> Tensor:
+        """[m, n], a view of a tensor that is stored as `weight` is."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +71,8 @@ class AdaptedLinear(Adapted, nn.Linear):
 
     plain = nn.Linear
 
-    def matrix(self) -> Tensor:
-        return cast(Tensor, self.weight)
+    def turned(self, t: Tensor) -> Tensor:
+        return t
 
 
 class AdaptedConv1D(Adapted, Conv1D):
@@ -76,49 +80,50 @@ class AdaptedConv1D(Adapted, Conv1D):
 
     plain = Conv1D
 
-    def matrix(self) -> Tensor:
-        return cast(Tensor, self.weight.t())
+    def turned(self, t: Tensor) -> Tensor:
+        return t.t()
 
 
 KINDS: Mapping[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
 
 
-def attach(model: nn.Module, id: str, *, name: str = "default", seed: int = 0, **options: Any) -> Any:
-    """Put an adapter on a model, in place, and freeze everything else; the other adapters it has become inactive.
-
-    Args:
-        model: any module with `nn.Linear` or GPT-2's `Conv1D` layers.
-        id: the method, as `fallline methods` lists it.
-        name: of this adapter; a model can have several.
-        seed: of the initial values, with the layer's path.
-        options: the method's.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged or
-            wrapped.
-
-    Example:
-        >>> model = attach(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2)
-        >>> [name for name, p in model.named_parameters() if p.requires_grad]
-        ['0.adapters.default.lora_A', '0.adapters.default.lora_B']
-    """
-    module = find("adapter", id).load()
-    adapter = module.build(module.Config.from_mapping(options, f"adapter {id!r}"))
-    if adapter is None:
-        raise InputError(f"{id!r} stands for no adapter in a recipe; there is nothing to attach")
-    inject(model, adapter, name=name, seed=seed)
-    return model
-
-
 def inject(model: nn.Module, adapter: Adapter, *, name: str = "default", seed: int) -> None:
-    """`attach` with a built adapter."""
+    """Put a built adapter on a model, as `attach` does. One that `needs` something begins later, see `begin`."""
     put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name)
-    for path, layer in adapted(model).items():
-        if name in layer.adapters:
-            adapter.init(layer.adapters[name], layer.matrix, rng(seed, 0, f"adapter/{path}"))
+    if not adapter.needs:
+        for path, layer in adapted(model).items():
+            if name in layer.adapters:
+                with torch.no_grad():
+                    layer.methods[name].init(layer.adapters[name], layer.matrix, noise_of(path, seed))
+
+
+def noise_of(path: str, seed: int) -> torch.Generator:
+    """Where the first values of a layer's adapter come from."""
+    return rng(seed, 0, f"adapter/{path}")
+
+
+def method_of(model: nn.Module, name: str) -> Adapter:
+    """The method of an adapter, with the options of its first layer."""
+    return next(layer.methods[name] for layer in adapted(model).values() if name in layer.methods)
+
+
+def follow(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have adapters do what they do after each update (`Adapter.after_update`), from now on.
+
+    Only some methods do anything then; where none does, the optimizer is left alone. A run of `fallline train` does
+    this itself.
+    """
+    if any(
+        type(m).after_update is not Adapter.after_update for a in adapted(model).values() for m in a.methods.values()
+    ):
+        optimizer.register_step_post_hook(partial(_after_update, model))
+
+
+@torch.no_grad()
+def _after_update(model: nn.Module, *hooked: Any) -> None:
+    for layer in adapted(model).values():
+        for name in layer.active:
+            layer.methods[name].after_update(layer.adapters[name])
 
 
 def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
@@ -139,6 +144,10 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
                 f"{path} is offloaded, or its forward was replaced (device_map does both); load the model onto one "
                 "device, then attach"
             )
+    asked = {
+        path: (method.shapes(*sizes(layers[path])), method.frozen(*sizes(layers[path])))
+        for path, method in chosen.items()
+    }
     for path, method in chosen.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
@@ -147,10 +156,19 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
             layer.active, layer.merged, layer.kept = (), (), None
         W = layer.matrix()
         P = nn.Module()
-        for key, shape in method.shapes(*W.shape).items():
+        trained, frozen = asked[path]
+        for key, shape in trained.items():
             P.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=wide(W), device=W.device)))
+        for key, shape in frozen.items():
+            P.register_buffer(key, torch.zeros(shape, dtype=wide(W), device=W.device))
         layer.adapters[name], layer.methods[name] = P, method
     activate(model, name)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """m and n of a linear layer's weight."""
+    a, b = cast(Tensor, layer.weight).shape
+    return (b, a) if isinstance(layer, Conv1D) else (a, b)
 
 
 def refuse_merged(model: nn.Module) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..adapters.layers import given, inject
+from ..adapters.begin import Begin
+from ..adapters.layers import follow, given, inject
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
@@ -106,7 +107,9 @@ def build(recipe: Recipe, *, check_memory: bool = False) -> Setting:
         return optimizer
 
     optimizer = low_precision(make, model, own, precision, seed=settings.seed)
+    follow(model, optimizer)
     schedule = recipe.schedule.module.build(recipe.schedule.options, optimizer, steps=settings.steps)
+    begins = {"adapter": Begin()} if adapter is not None and adapter.needs else {}
     run = Run(
         model=model,
         objective=objective,
@@ -118,7 +121,7 @@ def build(recipe: Recipe, *, check_memory: bool = False) -> Setting:
         micro=settings.micro or settings.batch,
         seed=settings.seed,
         steps=settings.steps,
-        parts={p.id: p.module.build(p.options) for p in recipe.probes},
+        parts=begins | {p.id: p.module.build(p.options) for p in recipe.probes},
         clip=settings.clip,
         device=device,
         clock=clock,

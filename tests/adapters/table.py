@@ -1,0 +1,92 @@
+"""One row for each adapter: what the common tests need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fallline.adapters import attach
+from fallline.catalog import find
+
+from .models import tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """An adapter as the common tests take it.
+
+    Attributes:
+        id: of the method.
+        options: with which it is tried; they fit weights of 32 × 32, 32 × 48 and their turns.
+        others: option → another value, for every option but `targets`: each must change what is trained.
+        trained: (m, n) → how many parameters are trained for a weight [m, n].
+        as_before: the model is unchanged at the start.
+        rate: AdamW's, at which a few steps change much.
+        per_example: the engine of per-example gradients knows it; otherwise it names a parameter.
+        peft: PEFT's type, when it is not a LoRA.
+    """
+
+    id: str
+    options: Mapping[str, Any]
+    others: Mapping[str, Any]
+    trained: Callable[[int, int], int]
+    as_before: bool = True
+    rate: float = 2e-2
+    per_example: bool = True
+    peft: str = "LORA"
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def needs(self) -> str:
+        return str(find("adapter", self.id).load().build(self.config()).needs)
+
+    def config(self) -> Any:
+        return find("adapter", self.id).load().Config.from_mapping(dict(self.options), self.id)
+
+    def on(self, model: Any, **options: Any) -> Any:
+        """The model with this adapter, begun from a little data if that is what it needs."""
+        data = {"data": batches()} if self.needs else {}
+        return attach(model, self.id, **(dict(self.options) | options), **data)
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    ids = tokens(rows=4)
+    return [{"input_ids": ids[i : i + 2], "labels": ids[i : i + 2]} for i in (0, 2)]
+
+
+ROWS = (
+    Row(
+        "lora",
+        {"rank": 4},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3},
+        lambda m, n: 4 * (m + n),
+    ),
+    Row(
+        "lora-ga",
+        {"rank": 4, "rows": 4},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "gamma": 4.0},
+        lambda m, n: 4 * (m + n),
+    ),
+    Row(
+        "lora-xs",
+        {"rank": 8},
+        {"rank": 7, "scale": 0.5},
+        lambda m, n: 8 * 8,
+        rate=0.1,
+        more={"nearly": 1e-3},
+    ),
+    Row(
+        "lora-sb",
+        {"rank": 8, "rows": 4},
+        {"rank": 7, "first_rate": 1e-3},
+        lambda m, n: 8 * 8,
+        as_before=False,
+        rate=0.2,
+    ),
+)
