@@ -89,4 +89,31 @@ ROWS = (
         as_before=False,
         rate=0.2,
     ),
+    Row(
+        "sora",
+        {"rank": 4, "threshold": 0.1},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "threshold": 0.2},
+        lambda m, n: 4 * (m + n) + 4,
+    ),
+    Row(
+        "allora",
+        {"rank": 4},
+        {"rank": 3, "eta": 1.0},
+        lambda m, n: 4 * (m + n),
+    ),
+    Row(
+        "loldu",
+        {"rank": 8},
+        {"rank": 7, "scale": 0.5},
+        lambda m, n: 9,
+        rate=0.1,
+    ),
+    Row(
+        "nola",
+        {"rank": 4, "bases": 32},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "bases": 31},
+        lambda m, n: 64,
+        rate=0.1,
+        per_example=False,
+    ),
 )

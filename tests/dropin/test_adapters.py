@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fallline import optim, schedules
-from fallline.adapters import attach, load, save
+from fallline.adapters import attach, follow, load, save
 
+from . import test_plain_loop
 from .test_trainer import MIDDLE, SETTINGS, curves, train
 from .test_trl import PLAIN, finetune
-from .tiny import FACTS, STEPS, assert_documented, assert_equal, rows, tiny_llama, weights
+from .tiny import FACTS, STEPS, assert_documented, assert_equal, rows, scheduled, tiny_llama, weights
 
 
 def adapt(model, method, steps, loop, folder, seed=0):
@@ -71,6 +72,27 @@ def test_trains_resumes_and_goes_to_peft(
     theirs = PeftModel.from_pretrained(tiny_llama(vocab=len(tokenizer)), str(tmp_path / "a" / "adapter"))
     assert torch.allclose(logits(theirs), after, atol=1e-5)
     assert torch.equal(logits(load(base, tmp_path / "a" / "adapter")), after)
+
+
+@pytest.mark.parametrize(
+    ("which", "dtype"), [("plain", torch.float32), ("plain", torch.bfloat16), ("Trainer", torch.float32)]
+)
+def test_what_a_method_does_after_each_update(tmp_path: Path, which: str, dtype: torch.dtype) -> None:
+    """SoRA's thresholds, at a rate at which nothing else moves: they add up."""
+    model = attach(tiny_llama(dtype=dtype), "sora", rank=4, threshold=0.1)
+    gates = [p for name, p in model.named_parameters() if name.endswith(".gate")]
+    before = torch.stack([p.detach().clone() for p in gates])
+    optimizer = optim.create("sgd", model, lr=1e-9)
+    follow(model, optimizer)
+    if which == "plain":
+        test_plain_loop.train(model, optimizer, scheduled(optimizer), test_plain_loop.updates()[:3], tmp_path / "file")
+    else:
+        train(model, optimizer, scheduled(optimizer), 3, Dataset.from_list(rows()), tmp_path, **SETTINGS)
+    after = torch.stack([p.detach() for p in gates])
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, torch.nn.functional.softshrink(before, 0.3), rtol=0, atol=1e-6)
+    assert torch.equal(after == 0, before.abs() < 0.3)
+    assert (after == 0).sum() > 5
 
 
 def test_the_page_shows_this_loop() -> None:

@@ -95,7 +95,8 @@ class Adapter:
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
         """x ΔWᵀ [..., m] for x [..., n], without forming ΔW. `training`: dropout is on.
 
-        Products with `P`'s parameters go through `fallline.per_example.linear`, which knows per-example gradients.
+        Products with `P`'s matrices go through `fallline.per_example.linear`, which knows per-example gradients, and
+        vectors among its parameters through `vectors`.
         """
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from .head import HeadGradients, Piece, pieces
 from .layers import known
 from .layout import Spans
 from .readers import Along, Dots, Norms, Reader, Sketch
-from .watch import Use, Watch, linear, watching
+from .watch import Use, Watch, linear, vectors, watching
 
 __all__ = [
     "Along",
@@ -38,5 +38,6 @@ __all__ = [
     "known",
     "linear",
     "pieces",
+    "vectors",
     "watching",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .forms import Form, Grams, Outer, Pair, Rows, Scratch, Whole, blocks
 from .joined import join
-from .layers import matrix, rule, watched_linear
+from .layers import matrix, rule, spread, watched_linear
 from .layout import Layout, Spans
 from .readers import Norms, Reader
 
@@ -38,6 +38,22 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     if watch is not None and torch.is_grad_enabled():
         return watched_linear(watch, x, W, b, "a linear map")
     return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+
+def vectors(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    """x and vectors that meet it element by element, for such layers: a watch tells their examples apart.
+
+    Args:
+        x: [..., n]. params: [n] or [1] each.
+
+    Returns:
+        x and the vectors, to be used in their stead; with the values they have.
+    """
+    watch = watching()
+    if watch is None or not torch.is_grad_enabled():
+        return (x, *params)
+    x = watch.rowwise(x, "a vector", flat=False)
+    return (x, *(spread(watch, p, x) for p in params))
 
 
 class Use:
