@@ -1,4 +1,5 @@
-"""What a model shows of itself on some data before it is trained: gradients of its weights, inputs of its layers.
+"""What a model shows of itself on some data before it is trained: gradients of its weights. Inputs of its layers are in
+`calibrate_inputs`.
 
 Nothing changes: neither parameters nor `.grad` nor what is trained.
 """
@@ -25,10 +26,12 @@ class Data:
     Attributes:
         batches: begins the batches anew; it is called once for each pass over them, and gives the same each time.
         loss: runs the model on a batch; the sum over all batches is the loss that is meant.
+        counted: of which tokens of a batch the inputs count, bool; None: of all.
     """
 
     batches: Callable[[], Iterator[Batch]]
     loss: Callable[[Batch], Tensor]
+    counted: Callable[[Batch], Tensor | None] = lambda batch: None
 
 
 def gradients(

@@ -177,7 +177,7 @@ class Run:
         if wrong:
             raise InputError(f"the saved state does not fit the model at {min(wrong)!r}")
 
-    def remap(self, changes: Sequence[Change]) -> None:
+    def remap(self, changes: Sequence[Change] | None) -> None:
         """The one door through which parameters come, go or change shape.
 
         Raises:
@@ -218,11 +218,11 @@ class Run:
         self.stopped = reason
 
     def setup(self) -> None:
-        """Once before step 0: parts calibrate and initialise."""
+        """Once before step 0: parts calibrate and initialise, and may change what is trained."""
         for name, part in self.parts.items():
             if hasattr(part, "setup"):
                 seed_forward(self.seed, self.step, f"setup/{name}", self.device)
-                part.setup(self)
+                self.remap(part.setup(self))
 
     def _between(self) -> None:
         """The end of a step: mark, then rewind, if that was asked for."""

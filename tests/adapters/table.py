@@ -23,6 +23,7 @@ class Row:
         options: with which it is tried; they fit weights of 32 × 32, 32 × 48 and their turns.
         others: option → another value, for every option but `targets`: each must change what is trained.
         trained: (m, n) → how many parameters are trained for a weight [m, n].
+        by_rank: `trained` is for each rank that a layer has, as its data may have changed that.
         as_before: the model is unchanged at the start.
         rate: AdamW's, at which a few steps change much.
         per_example: the engine of per-example gradients knows it; otherwise it names a parameter.
@@ -37,6 +38,7 @@ class Row:
     rate: float = 2e-2
     per_example: bool = True
     peft: str = "LORA"
+    by_rank: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -57,7 +59,7 @@ class Row:
 
 def batches() -> list[dict[str, torch.Tensor]]:
     ids = tokens(rows=4)
-    return [{"input_ids": ids[i : i + 2], "labels": ids[i : i + 2]} for i in (0, 2)]
+    return [{"input_ids": row, "labels": row} for row in ids.split(1)]
 
 
 ROWS = (
@@ -115,5 +117,12 @@ ROWS = (
         lambda m, n: 64,
         rate=0.1,
         per_example=False,
+    ),
+    Row(
+        "eva",
+        {"rank": 3, "rows": 4},
+        {"rank": 2, "alpha": 4.0, "rslora": False, "dropout": 0.3, "rho": 1.0, "tau": 1e-3},
+        lambda m, n: m + n,
+        by_rank=True,
     ),
 )

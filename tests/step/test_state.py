@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fallline.contracts import Batch, Signals
+from fallline.contracts import Batch, Change, Signals
 from fallline.errors import InputError
 from fallline.gradients.backprop import Backprop as RealBackprop
 from fallline.optim import adamw as real_adamw
@@ -260,6 +260,22 @@ def test_setup_runs_once_and_is_seeded() -> None:
         make(parts=parts[-1]).setup()
     assert torch.equal(parts[0]["a"].drawn, parts[1]["a"].drawn)
     assert not torch.equal(parts[0]["a"].drawn, parts[0]["b"].drawn)
+
+
+def test_what_setup_changes_the_optimizer_follows() -> None:
+    class Begins(Grow):
+        def setup(self, run: Run) -> list[Change]:
+            return self.resize(run.model, 2)
+
+    run = make(parts={"grow": Begins(99)})
+    run.setup()
+    take_step(run)
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in run.trainable().values()}
+    again = make(parts={"grow": Begins(99)})
+    again.load_state_dict(saved(run))
+    take_step(run), take_step(again)
+    assert equal(saved(run), saved(again))
 
 
 def test_the_checker_of_prepare_sees_what_a_prepare_may_not_do() -> None:

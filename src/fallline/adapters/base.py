@@ -57,7 +57,8 @@ class Adapter:
     Attributes:
         id: of the method. config: its options.
         needs: what it begins from beside the weight: the gradient of the weight on some of the data, or the inputs of
-            the layer on them.
+            the layer on them; its options then say how many (`rows`), and of inputs how directions are found and dealt
+            out (`rank`, `rho`, `tau`, see `eva`).
         peft_type: under which PEFT stores it.
     """
 
@@ -85,7 +86,12 @@ class Adapter:
         raise NotImplementedError
 
     def begin(self, P: nn.Module, W: Weight, noise: torch.Generator, found: Tensor) -> None:
-        """The same with what `needs` asks for: the gradient [m, n]."""
+        """The same with what `needs` asks for: the gradient [m, n], or the r directions [r, n] in which the inputs vary
+        most, orthonormal."""
+        raise NotImplementedError
+
+    def at_rank(self, rank: int) -> Adapter:
+        """The method with another rank, and as strong: its s is the same. For those that change ranks."""
         raise NotImplementedError
 
     def delta(self, P: Any, W: Weight) -> Tensor:

@@ -1,24 +1,33 @@
 """Adapters that begin from data: from gradients of the weights, or inputs of the layers, before step 0.
 
 In a run this is a part; the data are the first rows of what it trains on. In a loop of one's own `attach` does it, with
-the batches it is given. The base model is asked, in evaluation mode, and of gradients no more are held at a time than
-the adapter's own gradient and two moments will take (`fallline.calibrate.gradients`).
+the batches it is given. The base model is asked, in evaluation mode. Of gradients no more are held at a time than the
+adapter's own gradient and two moments will take (`fallline.calibrate.gradients`); of inputs one layer's at a time, and
+the directions in which each varies (`fallline.calibrate_inputs`). A method that begins from inputs has the rank on each
+layer that these directions earn, which may be none.
+
+The inputs that count are those of tokens after which a label is predicted: there the loss is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import calibrate
 from ..calibrate import Batch, Data
+from ..calibrate_inputs import directions
 from ..catalog import find
+from ..contracts import Change
 from ..errors import InputError
 from ..step import Run
-from .layers import adapted, disabled, inject, method_of, noise_of, remove
+from ..tokens import IGNORED
+from .layers import Adapted, adapted, disabled, inject, method_of, noise_of, remove
+from .rerank import ranks, rerank
 
 
 class Begin:
@@ -26,10 +35,14 @@ class Begin:
 
     Args:
         name: of the adapter.
+
+    Attributes:
+        ranks: path → rank, where the data have changed them; part of the run's state.
     """
 
     def __init__(self, name: str = "default") -> None:
         self.name = name
+        self.ranks: dict[str, int] = {}
 
     def check(self, run: Run) -> None:
         """
@@ -42,9 +55,22 @@ class Begin:
                 "private run does not cover; take lora"
             )
 
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Sequence[Change]:
         """Once, before step 0; a run that goes on has the result in its state."""
-        begin(run.model, self.name, data_of(run, method_of(run.model, self.name).config.rows), seed=run.seed)
+        data = data_of(run, method_of(run.model, self.name).config.rows)
+        changes = begin(run.model, self.name, data, seed=run.seed)
+        self.ranks = ranks(run.model, self.name) if changes else {}
+        return changes
+
+    def restructure(self, run: Run, state: Mapping[str, Any]) -> Sequence[Change]:
+        self.ranks = dict(state["ranks"])
+        return rerank(run.model, self.name, self.ranks) if self.ranks else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": self.ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """`restructure` has done it."""
 
 
 def attach(
@@ -120,7 +146,10 @@ def data_of(run: Run, rows: int) -> Data:
         value = run.objective(run.model, cast(Any, batch)).value
         return torch.stack([v.sum() / total[term].clamp(min=1) for term, v in value.items()]).sum()
 
-    return Data(batches, loss)
+    def counted(batch: Batch) -> Tensor | None:
+        return batch["labels"] != IGNORED if "labels" in batch else None  # of the token that follows
+
+    return Data(batches, loss, counted)
 
 
 def data_from(model: nn.Module, batches: Iterable[Mapping[str, Any]], id: str) -> Data:
@@ -140,10 +169,19 @@ def data_from(model: nn.Module, batches: Iterable[Mapping[str, Any]], id: str) -
             raise InputError(f"the model gives no loss on the 'data' of {id!r}; put 'labels' into its batches")
         return loss / number
 
-    return Data(lambda: iter(batches), loss)
+    def counted(batch: Batch) -> Tensor | None:
+        labels, real = batch.get("labels"), batch.get("attention_mask")
+        keep = None
+        if labels is not None and labels.ndim == 2:  # of the token itself: the model shifts them
+            keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))
+        if real is not None and real.ndim == 2:
+            keep = real.bool() if keep is None else keep & real.bool()
+        return keep
+
+    return Data(lambda: iter(batches), loss, counted)
 
 
-def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> None:
+def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> Sequence[Change]:
     """Let an adapter that is on a model begin from data.
 
     Args:
@@ -152,10 +190,22 @@ def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> None:
         data: to begin from.
         seed: with a layer's path, of what is random.
 
+    Returns:
+        What changed of the parameters that are trained, where layers got other ranks.
+
     Raises:
-        InputError: no data, a loss that is not finite, or an adapted weight that the model also uses elsewhere.
+        InputError: no data, a loss that is not finite, an adapted weight that the model also uses elsewhere, where its
+            gradient is asked for; or what `calibrate_inputs.directions` refuses.
     """
     layers = {path: layer for path, layer in adapted(model).items() if name in layer.adapters}
+    if method_of(model, name).needs == "gradient":
+        from_gradients(model, layers, name, data, seed)
+        return ()
+    return from_inputs(model, layers, name, data, seed)
+
+
+def from_gradients(model: nn.Module, layers: Mapping[str, Adapted], name: str, data: Data, seed: int) -> None:
+    """`begin`, with the gradients of the weights."""
     method = method_of(model, name)
     weights = {path: cast(nn.Parameter, layer.weight) for path, layer in layers.items()}
     shared = calibrate.shared_weights(model, list(weights.values()))
@@ -171,3 +221,24 @@ def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> None:
             with torch.no_grad():
                 P = layer.adapters[name]
                 layer.methods[name].begin(P, layer.matrix, noise_of(path, seed), layer.turned(G))
+
+
+def from_inputs(model: nn.Module, layers: Mapping[str, Adapted], name: str, data: Data, seed: int) -> Sequence[Change]:
+    """`begin`, with the directions in which inputs vary most; the sum of the ranks stays."""
+    options = method_of(model, name).config
+    with disabled(model), calibrate.evaluating(model):
+        found = directions(
+            model,
+            layers,
+            data,
+            count=round(options.rank * options.rho),
+            budget=options.rank * len(layers),
+            tau=options.tau,
+            noise=lambda path: noise_of(path, seed),
+        )
+    changes = rerank(model, name, {path: len(V) for path, V in found.items()})
+    for path in ranks(model, name):
+        layer = layers[path]
+        with torch.no_grad():
+            layer.methods[name].begin(layer.adapters[name], layer.matrix, noise_of(path, seed), found[path])
+    return changes

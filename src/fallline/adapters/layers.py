@@ -144,25 +144,27 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
                 f"{path} is offloaded, or its forward was replaced (device_map does both); load the model onto one "
                 "device, then attach"
             )
-    asked = {
-        path: (method.shapes(*sizes(layers[path])), method.frozen(*sizes(layers[path])))
-        for path, method in chosen.items()
-    }
+    for path, method in chosen.items():  # refused before anything is changed
+        method.shapes(*sizes(layers[path])), method.frozen(*sizes(layers[path]))
     for path, method in chosen.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
             layer.__class__ = KINDS[type(layer)]
             layer.adapters, layer.methods = nn.ModuleDict(), {}
             layer.active, layer.merged, layer.kept = (), (), None
-        W = layer.matrix()
-        P = nn.Module()
-        trained, frozen = asked[path]
-        for key, shape in trained.items():
-            P.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=wide(W), device=W.device)))
-        for key, shape in frozen.items():
-            P.register_buffer(key, torch.zeros(shape, dtype=wide(W), device=W.device))
-        layer.adapters[name], layer.methods[name] = P, method
+        layer.adapters[name], layer.methods[name] = zeros(method, layer), method
     activate(model, name)
+
+
+def zeros(method: Adapter, layer: Adapted) -> nn.Module:
+    """An adapter's tensors for a layer, all zero."""
+    W = layer.matrix()
+    P = nn.Module()
+    for key, shape in method.shapes(*W.shape).items():
+        P.register_parameter(key, nn.Parameter(torch.zeros(shape, dtype=wide(W), device=W.device)))
+    for key, shape in method.frozen(*W.shape).items():
+        P.register_buffer(key, torch.zeros(shape, dtype=wide(W), device=W.device))
+    return P
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
@@ -341,12 +343,16 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         refuse_merged(model)
     for layer in adapted(model).values():
-        for n in gone:
-            if n in layer.adapters:
-                del layer.adapters[n], layer.methods[n]
-        layer.active = tuple(n for n in layer.active if n not in gone)
-        if not layer.adapters:
-            plain = layer.plain
-            for attribute in ("adapters", "methods", "active", "merged", "kept"):
-                delattr(layer, attribute)
-            layer.__class__ = plain  # type: ignore[assignment]
+        for n in [n for n in gone if n in layer.adapters]:
+            take_off(layer, n)
+
+
+def take_off(layer: Adapted, name: str) -> None:
+    """Without its last adapter a layer is plain again."""
+    del layer.adapters[name], layer.methods[name]
+    layer.active = tuple(n for n in layer.active if n != name)
+    if not layer.adapters:
+        plain = layer.plain
+        for attribute in ("adapters", "methods", "active", "merged", "kept"):
+            delattr(layer, attribute)
+        layer.__class__ = plain  # type: ignore[assignment]
