@@ -28,6 +28,7 @@ class Row:
         rate: AdamW's, at which a few steps change much.
         per_example: the engine of per-example gradients knows it; otherwise it names a parameter.
         peft: PEFT's type, when it is not a LoRA.
+        peft_conv1d: PEFT has it for GPT-2's layers too.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Row:
     per_example: bool = True
     peft: str = "LORA"
     by_rank: bool = False
+    peft_conv1d: bool = True
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -124,5 +126,28 @@ ROWS = (
         {"rank": 2, "alpha": 4.0, "rslora": False, "dropout": 0.3, "rho": 1.0, "tau": 1e-3},
         lambda m, n: m + n,
         by_rank=True,
+    ),
+    Row(
+        "miss",
+        {"rank": 8},
+        {"rank": 7, "mini": 8, "dropout": 0.3},
+        lambda m, n: 8 * m,
+        peft="MISS",
+        peft_conv1d=False,
+    ),
+    Row(
+        "bat",
+        {"rank": 8},
+        {"rank": 4},
+        lambda m, n: 8 * m,
+        peft="MISS",
+        peft_conv1d=False,
+    ),
+    Row(
+        "randlora",
+        {"rank": 6, "alpha": 12.0},
+        {"rank": 5, "alpha": 6.0, "dropout": 0.3},
+        lambda m, n: -(-min(m, n) // 6) * (6 + min(m, n)),
+        peft="RANDLORA",
     ),
 )

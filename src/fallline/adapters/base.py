@@ -9,7 +9,7 @@ without forming it. Which layers get one, freezing, several adapters by name, me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -81,6 +81,11 @@ class Adapter:
         """Name → shape of what belongs to the adapter and is not trained; it is part of the state."""
         return {}
 
+    def shared(self, sizes: Sequence[tuple[int, int]], noise: torch.Generator) -> Mapping[str, Tensor]:
+        """Tensors that all layers have as one: `P.shared.NAME` for weights of these sizes. They are not trained and not
+        part of the state: they follow from `noise`, which draws on the CPU."""
+        return {}
+
     def init(self, P: nn.Module, W: Weight, noise: torch.Generator) -> None:
         """Fill `P`'s tensors, which are zero, in place. `noise` draws on the CPU. Without `needs`."""
         raise NotImplementedError
@@ -121,6 +126,10 @@ class Adapter:
         """What PEFT stores of a layer: the end of the tensor's name → tensor."""
         found = self.factors(P)
         return {"lora_A.weight": found.A, "lora_B.weight": found.B}
+
+    def stored_once(self, P: Any) -> Mapping[str, Tensor]:
+        """What PEFT stores beside the layers, of what they share: name → tensor."""
+        return {}
 
     def peft_config(self) -> dict[str, Any]:
         """What PEFT's configuration says of the method: all but ranks and α of a LoRA, which are read off `factors`."""

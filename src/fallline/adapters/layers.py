@@ -89,7 +89,7 @@ KINDS: Mapping[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, Conv
 
 def inject(model: nn.Module, adapter: Adapter, *, name: str = "default", seed: int) -> None:
     """Put a built adapter on a model, as `attach` does. One that `needs` something begins later, see `begin`."""
-    put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name)
+    put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name, seed=seed)
     if not adapter.needs:
         for path, layer in adapted(model).items():
             if name in layer.adapters:
@@ -126,8 +126,9 @@ def _after_update(model: nn.Module, *hooked: Any) -> None:
             layer.methods[name].after_update(layer.adapters[name])
 
 
-def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
-    """Give the layers at these paths an adapter, its parameters zero, and make it the active one.
+def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str, *, seed: int = 0) -> None:
+    """Give the layers at these paths an adapter, its parameters zero, and make it the active one. `seed`: of what the
+    layers share.
 
     Raises:
         InputError: the name is no name or taken, the model is merged, or something else has taken over a layer.
@@ -146,18 +147,22 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str) -> None:
             )
     for path, method in chosen.items():  # refused before anything is changed
         method.shapes(*sizes(layers[path])), method.frozen(*sizes(layers[path]))
+    common = commons(layers, next(iter(chosen.values())), seed)
     for path, method in chosen.items():
         layer = layers[path]
         if not isinstance(layer, Adapted):
             layer.__class__ = KINDS[type(layer)]
             layer.adapters, layer.methods = nn.ModuleDict(), {}
             layer.active, layer.merged, layer.kept = (), (), None
-        layer.adapters[name], layer.methods[name] = zeros(method, layer), method
+        P = zeros(method, layer)
+        if common is not None:
+            P.add_module("shared", common)
+        layer.adapters[name], layer.methods[name] = P, method
     activate(model, name)
 
 
 def zeros(method: Adapter, layer: Adapted) -> nn.Module:
-    """An adapter's tensors for a layer, all zero."""
+    """An adapter's own tensors for a layer, all zero."""
     W = layer.matrix()
     P = nn.Module()
     for key, shape in method.shapes(*W.shape).items():
@@ -165,6 +170,18 @@ def zeros(method: Adapter, layer: Adapted) -> nn.Module:
     for key, shape in method.frozen(*W.shape).items():
         P.register_buffer(key, torch.zeros(shape, dtype=wide(W), device=W.device))
     return P
+
+
+def commons(layers: Mapping[str, nn.Module], method: Adapter, seed: int) -> nn.Module | None:
+    """What an adapter's layers share, if they do: a module, so that they still share it when the model has moved."""
+    found = method.shared([sizes(layer) for layer in layers.values()], noise_of("shared", seed))
+    if not found:
+        return None
+    W = cast(Tensor, next(iter(layers.values())).weight)
+    common = nn.Module()
+    for key, t in found.items():
+        common.register_buffer(key, t.to(W.device, W.dtype), persistent=False)
+    return common
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:

@@ -23,19 +23,23 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest
 from ..folders import readable
-from . import peft_lora
+from . import peft_lora, peft_miss, peft_randlora
 from .base import Adapter
 from .layers import Adapted, adapted, names, put, select
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ONCE = "base_model."
+"""Prefix of what is not of one layer."""
 
 Read = Mapping[str, tuple[Adapter, Mapping[str, Tensor]]]
 """Path of a layer → the method with its options there, and its tensors by name."""
 
 FORMATS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], nn.Module, Path], Read]] = {
     "LORA": peft_lora.read,
+    "MISS": peft_miss.read,
+    "RANDLORA": peft_randlora.read,
 }
 """PEFT's type → what reads it: its configuration, tensors without `PREFIX`, the model, and the folder for errors."""
 
@@ -71,6 +75,9 @@ def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: s
             for path, layer in layers.items()
             for key, t in layer.methods[name].stored(layer.adapters[name]).items()
         }
+        first = next(iter(layers.values())).adapters[name]
+        for key, t in method.stored_once(first).items():
+            tensors[f"{ONCE}{key}"] = t.detach().to("cpu").contiguous()
         if method.peft_type == "LORA":
             settings |= ranks(layers, name)
     folder = Path(folder)
