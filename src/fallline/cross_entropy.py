@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,20 @@ WORDS_AT_ONCE = 2048
 
 _TWICE: ContextVar[bool] = ContextVar("twice_differentiable", default=False)
 _PLANNED: ContextVar[str | None] = ContextVar("planned", default=None)
+
+
+class TokenLoss(Protocol):
+    """Another loss of a token by its logits, for `linear_cross_entropy` in place of −log p.
+
+    It is written twice: with its derivative, for a chunk of logits that will be gone afterwards, and plainly.
+    """
+
+    def __call__(self, z: Tensor, y: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """Values [c] of logits z [c, V], which may be overwritten, and labels y [c, 1]; and the derivative by z [c, V]
+        where `slope` asks for it."""
+
+    def plain(self, z: Tensor, y: Tensor) -> Tensor:
+        """The same values by operations that can be differentiated twice, and z is left alone."""
 
 
 @contextmanager
@@ -76,6 +90,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     share: Tensor | None = None,
     chunk: int | None = None,
+    rule: TokenLoss | None = None,
 ) -> Tensor:
     """Each token's −log p(label) with p = softmax(weight · hidden + bias), in chunks of tokens.
 
@@ -97,6 +112,7 @@ def linear_cross_entropy(
         bias: [V], the head's.
         share: [...], the derivative of the final loss by each value, or a multiple of it.
         chunk: tokens in a chunk; None lets `chunk_size` choose.
+        rule: another function of the logits in place of −log p, of which all of the above holds as well.
 
     Returns:
         [...], float32, or float64 for float64 input: the softmax is computed in the same.
@@ -113,7 +129,7 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be at least 1 token")
     if _TWICE.get():
-        return full_cross_entropy(F.linear(hidden, weight, bias), labels)
+        return full_cross_entropy(F.linear(hidden, weight, bias), labels, rule)
     head = HeadGradients.of(weight, bias) if torch.is_grad_enabled() else None
     if torch.is_autocast_enabled(hidden.device.type):  # products with out= are not cast for us
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -132,28 +148,47 @@ def linear_cross_entropy(
     needs = [t is not None and t.requires_grad for t in (h, weight, bias)]
     values: Tensor
     if head is not None and spans is not None:
-        values = _Watched.apply(h, weight, bias, y, s, pieces(spans, c), spans, head)
+        values = _Watched.apply(h, weight, bias, y, s, pieces(spans, c), spans, head, rule)
     elif torch.is_grad_enabled() and any(needs):
-        values = _LinearCrossEntropy.apply(h, weight, bias, y, s, c)
+        values = _LinearCrossEntropy.apply(h, weight, bias, y, s, c, rule)
     else:
-        values = _sweep(h, weight, bias, y, evenly(len(h), c))[0]
+        values = _sweep(h, weight, bias, y, evenly(len(h), c), rule=rule)[0]
     if live is not None:
         values = values.new_zeros(labels.numel()).index_copy(0, live, values)
     return values.view(labels.shape)
 
 
-def full_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def full_cross_entropy(logits: Tensor, labels: Tensor, rule: TokenLoss | None = None) -> Tensor:
     """Each token's −log p(label) from logits [..., V] that exist already, 0 where the label is −100.
 
     Args:
         logits: [..., V], cast to float32 unless float64.
         labels: [...] int64, already shifted.
+        rule: another function of the logits in place of −log p.
 
     Returns:
         [...], float32 or float64.
     """
     z = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(z, labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
+    y = labels.flatten()
+    if rule is None:
+        return F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED).view(labels.shape)
+    masked = y == IGNORED
+    return rule.plain(z, y.masked_fill(masked, 0).unsqueeze(1)).masked_fill(masked, 0).view(labels.shape)
+
+
+def nll(z: Tensor, y: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """−log p as a `TokenLoss`, with its derivative p − e_y."""
+    # max p = 1 / Σ exp(z − max z) gives the log-sum in two reads that never underflow
+    top, at_label = z.amax(1), z.gather(1, y).squeeze(1)
+    p = torch.softmax(z, 1, out=z) if on_cpu(z) else torch.softmax(z, 1)  # row by row, so in place is safe on CPU
+    value = top - p.amax(1).log() - at_label
+    return value, minus_label(p, y) if slope else None
+
+
+def minus_label(p: Tensor, y: Tensor) -> Tensor:
+    """p − e_y, in place: p [c, V], y [c, 1]."""
+    return p.scatter_add_(1, y, p.new_full(y.shape, -1))
 
 
 def chunk_size(tokens: int, words: int, device: str = "cpu") -> int:
@@ -174,13 +209,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         share: Tensor | None,
         chunk: int,
+        rule: TokenLoss | None = None,
     ) -> Tensor:
         needs = ctx.needs_input_grad[:3]
         early = share is not None or not any(needs[1:])
         ctx.save_for_backward(hidden, weight, bias, labels, share)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.rule = chunk, rule
         wanted = needs if early else (False,) * 3
-        values, *formed = _sweep(hidden, weight, bias, labels, evenly(len(hidden), chunk), share, wanted)
+        values, *formed = _sweep(hidden, weight, bias, labels, evenly(len(hidden), chunk), share, wanted, rule=rule)
         ctx.formed = formed if early else None
         return values
 
@@ -200,7 +236,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found = multiple(upstream, share.masked_fill(labels == IGNORED, 0))
             formed, factor = (formed, found) if found is not None else (None, 1.0)
         if formed is None:
-            _, *formed = _sweep(hidden, weight, bias, labels, evenly(len(hidden), ctx.chunk), upstream, needs)
+            chunks = evenly(len(hidden), ctx.chunk)
+            _, *formed = _sweep(hidden, weight, bias, labels, chunks, upstream, needs, rule=ctx.rule)
         dh, dw, db = formed
         if dh is not None:
             dh.mul_(upstream.unsqueeze(1))
@@ -208,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for grad in (dw, db):
                 if grad is not None:
                     grad.mul_(factor)
-        return dh, dw, db, None, None, None
+        return dh, dw, db, None, None, None, None
 
 
 class _Watched(torch.autograd.Function):
@@ -225,14 +262,17 @@ class _Watched(torch.autograd.Function):
         chunks: Sequence[Piece],
         spans: Spans,
         head: HeadGradients,
+        rule: TokenLoss | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, labels, share)
-        ctx.chunks, ctx.spans, ctx.head, ctx.formed = chunks, spans, head, None
+        ctx.chunks, ctx.spans, ctx.head, ctx.rule, ctx.formed = chunks, spans, head, rule, None
         if share is None:
-            return _sweep(hidden, weight, bias, labels, chunks)[0]
+            return _sweep(hidden, weight, bias, labels, chunks, rule=rule)[0]
         collector = head.collect(hidden, len(weight), spans)
         needs = (ctx.needs_input_grad[0], False, False)
-        values, dh, _, _ = _sweep(hidden, weight, bias, labels, chunks, share, needs, collector.visit, collector.G)
+        values, dh, _, _ = _sweep(
+            hidden, weight, bias, labels, chunks, share, needs, collector.visit, collector.G, rule
+        )
         ctx.formed = dh, collector
         return values
 
@@ -244,12 +284,14 @@ class _Watched(torch.autograd.Function):
         if ctx.formed is None or multiple(upstream, share.masked_fill(labels == IGNORED, 0)) != 1.0:
             collector = ctx.head.collect(hidden, len(weight), ctx.spans)
             needs = (ctx.needs_input_grad[0], False, False)
-            dh = _sweep(hidden, weight, bias, labels, ctx.chunks, upstream, needs, collector.visit, collector.G)[1]
+            dh = _sweep(
+                hidden, weight, bias, labels, ctx.chunks, upstream, needs, collector.visit, collector.G, ctx.rule
+            )[1]
         else:
             dh, collector = ctx.formed
         ctx.formed = None
         collector.arrive()
-        return None if dh is None else dh.mul_(upstream.unsqueeze(1)), *[None] * 7
+        return None if dh is None else dh.mul_(upstream.unsqueeze(1)), *[None] * 8
 
 
 def evenly(tokens: int, chunk: int) -> list[Piece]:
@@ -283,6 +325,7 @@ def _sweep(
     needs: Sequence[bool] = (False, False, False),
     visit: Callable[[Piece, Tensor, Tensor, Tensor], None] | None = None,
     room: Tensor | None = None,
+    rule: TokenLoss | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over the chunks: values and gradients.
 
@@ -293,6 +336,7 @@ def _sweep(
         needs: which gradients of hidden, weight, bias to form.
         visit: is shown every chunk's output gradients for upstream 1, inputs, and upstream.
         room: [N, V], where every chunk may leave its output gradients.
+        rule: None is `nll`.
 
     Returns:
         values [N]; hidden's gradient [N, D] for upstream 1 at every token; weight's [V, D] and bias's [V] for
@@ -313,6 +357,7 @@ def _sweep(
         0 if room is not None else max((piece.tokens.stop - piece.tokens.start for piece in chunks), default=0), words
     )
     at_once = WORDS_AT_ONCE if on_cpu(hidden) else words
+    loss, slope = rule or nll, visit is not None or any(needs)
     for piece in chunks:
         rows = piece.tokens
         x, y = hidden[rows], target[rows]
@@ -323,14 +368,10 @@ def _sweep(
                 torch.mm(x, weight[part].t(), out=z[:, part])
             else:
                 torch.addmm(bias[part], x, weight[part].t(), out=z[:, part])
-        z = z.to(wide)
-        # max p = 1 / Σ exp(z − max z) gives the log-sum in two reads that never underflow
-        top, at_label = z.amax(1), z.gather(1, y).squeeze(1)
-        p = torch.softmax(z, 1, out=z) if on_cpu(z) else torch.softmax(z, 1)  # row by row, so in place is safe on CPU
-        values[rows] = top - p.amax(1).log() - at_label
-        if visit is None and not any(needs):
+        values[rows], gradient = loss(z.to(wide), y, slope)
+        if gradient is None:
             continue
-        g = p.scatter_add_(1, y, p.new_full(y.shape, -1)).to(hidden.dtype)
+        g = gradient.to(hidden.dtype)
         if dh is not None:
             torch.mm(g, weight, out=dh[rows])
         if upstream is not None and visit is not None:
@@ -342,6 +383,6 @@ def _sweep(
             else:
                 dw += gt @ ux
         if upstream is not None and db is not None:
-            db.addmv_(p.t(), upstream[rows].squeeze(1))
+            db.addmv_(gradient.t(), upstream[rows].squeeze(1))
     values.masked_fill_(masked, 0)
     return values, dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(weight.dtype)

@@ -15,11 +15,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .cross_entropy import IGNORED, chunk_size, full_cross_entropy, linear_cross_entropy, twice_differentiable
+from .cross_entropy import (
+    IGNORED,
+    TokenLoss,
+    chunk_size,
+    full_cross_entropy,
+    linear_cross_entropy,
+    twice_differentiable,
+)
 from .isolation import isolated
 
 __all__ = [
     "IGNORED",
+    "TokenLoss",
     "chunk_size",
     "full_cross_entropy",
     "label_counts",
@@ -35,7 +43,9 @@ __all__ = [
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # not an attribute: verdicts stay out of the model
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | None = None) -> Tensor:
+def token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | None = None, rule: TokenLoss | None = None
+) -> Tensor:
     """−log p of every label of a batch under a causal language model; 0 where the label is −100.
 
     Full logits exist only for a model that changes them after the head (a cap, a scale), which is found out once per
@@ -45,16 +55,17 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | 
         model: a 🤗 causal language model.
         batch: `input_ids` and `labels` [R, L], and what `isolated` reads.
         share: [R, L], see `linear_cross_entropy`.
+        rule: another function of the logits in place of −log p.
 
     Returns:
         [R, L], float32 or float64.
     """
     inputs, labels = isolated(model, batch), batch["labels"]
     if not plain_head(model, labels.device):
-        return full_cross_entropy(model(**inputs).logits, labels)
+        return full_cross_entropy(model(**inputs).logits, labels, rule)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
-    return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, share=share)
+    return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, share=share, rule=rule)
 
 
 def mean_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

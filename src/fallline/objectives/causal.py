@@ -2,11 +2,7 @@
 
     value_b = Σ_{t ∈ b} w_t · (−log p(label_t | tokens up to t in b)),   count_b = how many labels of b are not −100
 
-One term, `nll`. The loss of a step is Σ_b weight_b value_b / Σ_b count_b: per token, over the whole step, however it
-is cut. Batch columns, R rows of L tokens (R = B unless packed): `input_ids` and `labels` [R, L], labels already shifted
-and −100 where nothing is asked; `position_ids` and `segment` [R, L] when packed; `token_weight` [R, L] if wanted, w_t,
-which multiplies a token's loss and leaves the count as it is: a weight of 0 mutes a token without making the others
-louder.
+One term, `nll`, divided by the labels of the whole step; the columns it reads are those of `per_token`.
 
 Cost: the head's products, 6 N V D floating-point operations for N labels, without full logits; see `fallline.tokens`.
 """
@@ -14,14 +10,12 @@ Cost: the head's products, 6 N V D floating-point operations for N labels, witho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..catalog import Card
-from ..contracts import Batch, Couples, Loss
 from ..options import Options
-from ..tokens import label_counts, per_example, per_token, token_losses
+from .per_token import PerToken
 
 CARD = Card(
     id="causal",
@@ -43,23 +37,5 @@ class Config(Options):
     """No options."""
 
 
-class Causal(nn.Module):
-    """See the module docstring."""
-
-    couples: ClassVar[Couples] = "none"
-
-    def count(self, batch: Batch) -> dict[str, Tensor]:
-        """How many labels of each example are asked, [B] int64."""
-        return {"nll": label_counts(batch)}
-
-    def forward(self, model: nn.Module, batch: Batch) -> Loss:
-        share = per_token(batch["share/nll"], batch) if "share/nll" in batch else None
-        weight = batch.get("token_weight")
-        if weight is None:
-            return Loss({"nll": per_example(token_losses(model, batch, share), batch)})
-        values = token_losses(model, batch, None if share is None else share * weight)
-        return Loss({"nll": per_example(values * weight, batch)})
-
-
 def build(config: Config) -> nn.Module:
-    return Causal()
+    return PerToken("nll")

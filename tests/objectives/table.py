@@ -1,0 +1,7 @@
+"""All rows of the folder `rows`: what the tests of test_common.py go over."""
+
+from __future__ import annotations
+
+from .rows import Row, likelihood
+
+ROWS: list[Row] = [*likelihood.ROWS]
