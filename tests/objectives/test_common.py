@@ -110,8 +110,7 @@ def test_every_objective_has_a_row() -> None:
 
 
 @each
-@pytest.mark.parametrize("early", [True, False], ids=["", "no share"])
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(("packed", "early"), [(False, True), (True, True), (True, False)], ids=str)
 @pytest.mark.parametrize("kind", [GPT2LMHeadModel, Capped])
 def test_equation(row: Row, kind: type[Any], packed: bool, early: bool) -> None:
     model, objective = made(kind), built(row)

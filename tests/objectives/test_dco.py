@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, getcontext
 
 import pytest
@@ -11,13 +12,13 @@ from fallline.errors import InputError
 from fallline.objectives import dco_step
 from fallline.objectives.dco import coverage_loss
 
-S = torch.cat([torch.zeros(1), torch.logspace(-12, 3.3, 120)]).double()
+S = torch.cat([torch.zeros(1), torch.logspace(-12, 2, 50), torch.tensor([800.0, 5e3])]).double()
 
 
-@pytest.mark.parametrize("samples", [1, 2, 8, 256, 10**6])
+@pytest.mark.parametrize("samples", [1, 2, 256, 10**6])
 def test_loss_and_its_derivative_at_any_probability(samples: int) -> None:
-    """Against sixty decimal digits: from p = 1 to where it is no number of 64 bits."""
-    getcontext().prec = 60
+    """Against a hundred decimal digits, from p = 1 to where p is no number of 64 bits."""
+    getcontext().prec = 100
     s = S.clone().requires_grad_()
     loss = coverage_loss(s, samples)
     (F,) = torch.autograd.grad(loss.sum(), s, create_graph=True)
@@ -25,14 +26,18 @@ def test_loss_and_its_derivative_at_any_probability(samples: int) -> None:
     assert bool(bend.isfinite().all())
     wanted, slopes = [], []
     for value in S.tolist():
+        if value == 0 or value > 100:  # no digits are enough
+            wanted.append(max(0.0, value - math.log(samples)))
+            slopes.append(float(value > 0))
+            continue
         p = (-Decimal(value)).exp()
-        missed = (1 - p) ** samples if p < 1 else Decimal(0)
-        wanted.append(float(-(1 - missed).ln()))
-        slopes.append(float(samples * p * ((1 - p) ** (samples - 1) if samples > 1 else 1) / (1 - missed)))
-    torch.testing.assert_close(loss.detach(), torch.tensor(wanted).double(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(F.detach()[1:], torch.tensor(slopes).double()[1:], rtol=1e-9, atol=1e-12)
-    assert bool(((F >= 0) & (F <= 1 + 1e-12)).all())
-    assert bool((F.diff()[1:] >= -1e-9).all())  # the surer, the less is learned
+        missed = (1 - p) ** (samples - 1)
+        found = 1 - missed * (1 - p)
+        wanted.append(float(-found.ln()))
+        slopes.append(float(samples * p * missed / found))
+    torch.testing.assert_close(loss.detach(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(F.detach(), torch.tensor(slopes, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert bool((F.diff() >= -1e-9).all())  # the surer, the less is learned
     if samples == 1:
         torch.testing.assert_close(loss.detach(), S, rtol=1e-12, atol=1e-12)
 

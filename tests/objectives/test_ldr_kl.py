@@ -67,23 +67,21 @@ def test_the_limits_of_ldr_k() -> None:
 @pytest.mark.parametrize(("temperature", "alpha"), [(10.0, 2.0), (1.0, 2.0), (0.1, 1.1)])
 @pytest.mark.parametrize("words", [V, 5000])
 def test_aldrs_temperature_is_stationary_and_in_its_interval(temperature: float, alpha: float, words: int) -> None:
-    """With the steps of the default, at any confidence; to the left of it there may be others, never to the right."""
+    """With as many steps as the default, at any confidence."""
     rule = ALDRKL(temperature, alpha, 0.1, Config().iterations)
     for scale in (0.01, 1.0, 3.0, 30.0):
-        z, y = logits(words, scale)
+        z, _ = logits(words, scale)
         u = z - z.amax(1, keepdim=True)
         found = rule.solve(u)
         assert bool((found >= temperature * (1 - 1 / alpha)).all())
         assert bool((found <= temperature).all())
-        x = found.clone().requires_grad_()
-        p = torch.softmax(u / x, 1)
+        p = torch.softmax(u / found, 1)
         divergence = (p * (p.clamp(min=1e-300) * words).log()).sum(1, keepdim=True)
         wanted = temperature * (1 - divergence / (alpha * math.log(words)))
-        print(temperature, alpha, words, scale, float((found - wanted).abs().max() / temperature))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8 * temperature)
 
 
 def test_aldr_of_a_sure_and_of_an_undecided_model() -> None:
-    y = torch.zeros(2, 1, dtype=torch.long)
     z = torch.zeros(2, V, dtype=torch.float64)
     z[1, 0] = 1e4
     found = ALDRKL(5.0, 2.0, 0.0, Config().iterations).solve(z - z.amax(1, keepdim=True))
