@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from fallline.catalog import entries, find
 from fallline.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -61,3 +63,15 @@ def test_the_optimizer_in_your_own_loop() -> None:
     exec(source, {"model": model, "loss": loss})
     assert not torch.equal(model.weight, before)
     assert model.weight.grad is None
+
+
+def test_the_objectives_that_are_shown_exist() -> None:
+    lines = [line for block in blocks("docs/objectives.md", "yaml") for line in block.splitlines()]
+    shown = [yaml.safe_load(line)["objective"] for line in lines]
+    for given in shown:
+        options = {key: value for key, value in given.items() if key != "name"}
+        find("objective", given["name"]).load().Config.from_mapping(options, given["name"])
+    table = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs/objectives.md").read_text(encoding="utf-8"), re.MULTILINE)
+    likelihoods = {id for kind, id in entries() if kind == "objective" and "likelihood" in find(kind, id).card.tags}
+    assert {given["name"] for given in shown} == likelihoods
+    assert set(table) == likelihoods | {"causal"}
