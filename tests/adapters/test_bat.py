@@ -60,6 +60,20 @@ def test_a_narrow_weight_is_changed_in_the_dtype_of_the_blocks() -> None:
     torch.testing.assert_close(y.double(), true, rtol=2e-2, atol=5e-2)
 
 
+def test_a_weight_that_is_thawed_gets_its_part_of_the_gradient() -> None:
+    x, W, b, D = given()
+    model = attach(torch.nn.Sequential(torch.nn.Linear(9, 6)).double(), "bat", rank=3)
+    layer = adapted(model)["0"]
+    layer.adapters["default"].D.data.copy_(D)
+    layer.weight.data.copy_(W)
+    layer.bias.data.copy_(b)
+    layer.weight.requires_grad_(True)
+    W.requires_grad_(True)
+    wanted = torch.autograd.grad(block_linear_plain(x, W, b, D).sum(), (W, D))
+    found = torch.autograd.grad(model(x).sum(), (layer.weight, layer.adapters["default"].D))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_the_change_depends_on_the_weight_has_full_rank_and_comes_off() -> None:
     model = attach(llama(), "bat", rank=4)
     fit(model)

@@ -81,7 +81,7 @@ class Bat(Adapter):
         return changed(W(), P.D.to(torch.promote_types(P.D.dtype, torch.float32)), False)
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
-        frozen = W()
+        frozen = W()  # ΔW is formed after all: to go without takes m/r times the activations
         if frozen.requires_grad:  # thawed beside the adapter
             return F.linear(x, self.delta(P, W).to(x.dtype))
         return block_linear(x, frozen, None, P.D, whole=False)

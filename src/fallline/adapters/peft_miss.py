@@ -40,7 +40,7 @@ def read(
             method = miss.Miss(miss.Config(rank=rank, mini=mini, dropout=dropout))
     except InputError as error:
         raise InputError(f"{where} cannot be used: {error}") from None
-    found = {}
+    found: dict[str, tuple[Adapter, dict[str, Tensor]]] = {}
     for path, own in by_layer(tensors, r"\.(miss_block)", "a MiSS", model, folder).items():
         m, n = sizes(model.get_submodule(path))
         ((name, shape),) = method.shapes(m, n).items()

@@ -5,8 +5,8 @@
 
     ∂L/∂x = g W',   ∂L/∂D_i = Σ_j (W_ij + I)ᵀ G_ij,   G = gᵀ x,   g = ∂L/∂y
 
-W' [m, n] is made in the forward and again in the backward, and held in neither's stead. Saved for the backward: x,
-which layers with the same input share but for autocast.
+W' [m, n] is made in the forward and again in the backward, and not kept between them. Saved for the backward: x, which
+layers with the same input share but for autocast.
 
 Shapes: x [..., n], W [m, n], b [m], D [m/r, r, r], y [..., m].
 
