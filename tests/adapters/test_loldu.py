@@ -50,7 +50,7 @@ def test_pivots_that_are_nearly_zero_are_made_larger_and_told(caplog: pytest.Log
     for broken in (torch.zeros(4, 5), torch.cat((torch.zeros(4, 3), torch.ones(4, 2)), 1)):
         lower, pivots, upper = ldu(broken, 3)
         assert all(t.isfinite().all() for t in (lower, pivots, upper))
-        torch.testing.assert_close(lower * pivots @ upper, torch.cat((torch.zeros(4, 3), broken[:, 3:]), 1))
+        torch.testing.assert_close((lower * pivots @ upper)[:3], broken[:3])
 
 
 def test_value_and_gradients_are_the_equations() -> None:
