@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -128,9 +129,17 @@ def looked(model: Net, xs: list[Tensor], keep: list[Tensor] | None = None, **mor
 
 
 def test_shared_inputs_are_seen_once_and_the_model_stays_as_it_is(monkeypatch: Any) -> None:
-    adds = []
+    adds: list[int] = []
+    before_it: list[weakref.ref[Tensor]] = []
     add = Directions.add
-    monkeypatch.setattr(Directions, "add", lambda self, X: (adds.append(len(X)), add(self, X))[1])
+
+    def noting(self: Directions, X: Tensor) -> None:
+        assert all(gone() is None for gone in before_it), "one input at a time"
+        before_it.append(weakref.ref(X))
+        adds.append(len(X))
+        add(self, X)
+
+    monkeypatch.setattr(Directions, "add", noting)
     model = Net()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     X = rows(40).view(4, 10, N)

@@ -180,12 +180,12 @@ def test_in_a_run_the_tokens_count_that_have_labels_behind_them(corpus: Path) ->
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_follows_the_ranks_and_finds_them_again_twice(corpus: Path, precision: str) -> None:
     more = (f"precision={precision}",)
-    given, initial = (lambda run: (run.given, run.trainable()))(build(recipe(corpus, *more)).run)
+    untouched = build(recipe(corpus, *more)).run
     whole = begun(corpus, *more)
     ranks = {path: layer.methods["default"].config.rank for path, layer in adapted(whole.model).items()}
     assert len(set(ranks.values())) > 1
-    assert sum(ranks.values()) == 3 * len(initial) // 2
-    assert whole.given == given
+    assert sum(ranks.values()) == 3 * len(untouched.trainable()) // 2
+    assert whole.given == untouched.given
     for _ in range(4):
         take_step(whole)
     held = Counter(id(p) for group in whole.optimizer.param_groups for p in group["params"])
