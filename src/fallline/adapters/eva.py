@@ -43,8 +43,8 @@ CARD = Card(
     checked=(
         "principal components of one batch in float64, and of all when nothing is dropped; scikit-learn's incremental "
         "ones; directions and ranks are PEFT's on the same tokens; the sum of ranks; the model is unchanged at the "
-        "start. On synthetic inputs of rank 4, 50 steps of plain descent end below LoRA's, at equal rates and at the "
-        "best of five rates for each; on language effect not shown"
+        "start. On synthetic inputs of rank 4, 50 steps of plain descent end below LoRA's, at the smaller of "
+        "five rates and at the best for each; at the largest it may end above; on language effect not shown"
     ),
     departures=(
         "PEFT has the authors' code. It looks at the positions of labels, here at those before them, whose outputs "
