@@ -38,9 +38,12 @@ CARD = Card(
     flops="6 N V D for N labels, V words, hidden size D, and some 5 N V for each step of the iteration",
     claim="consistent and competitive accuracy on 7 data sets under 6 kinds of label noise, against 13 losses",
     checked=(
-        "effect not shown; values, gradients and Hessian products against float64 with λ* by bisection; λ* in its "
-        "interval and stationary"
+        "values, gradients and Hessian products against float64 with λ* by bisection; λ* in its interval and "
+        "stationary. 40 % of a toy's labels drawn anew, accuracy − cross-entropy's: λ₀ = 10 +19.1 [13.6, 24.7] points "
+        "at a common rate of 3e-3, where cross-entropy overfits; rates tuned, no difference shown, +0.5 [−0.2, 1.2] "
+        "(python benchmarks/noisy_labels.py). Effect on language models not shown"
     ),
+    evidence=("benchmarks/results/noisy_labels.json",),
     departures="the released code keeps a table of one temperature an example, a visit old, with probabilities that "
     "leave out the margin and are floored at 1e-5; here λ* is that of the equation, at the present logits, and there "
     "is no state. It also normalises the scores first; here the logits are taken as they are",
@@ -71,14 +74,14 @@ class ALDRKL:
         Args:
             u: logits less the largest of their row, [c, V]. temperature: λ [c, 1].
         """
-        words = math.log(max(2, u.shape[1]))  # of one word KL is 0 anyway
+        size = math.log(max(2, u.shape[1]))  # of one word KL is 0 anyway
         e = torch.exp(u / temperature)
         total = e.sum(1, keepdim=True)
         e = e * u
         mean = e.sum(1, keepdim=True) / total
         variance = (e * u).sum(1, keepdim=True) / total - mean.square()
         divergence = math.log(u.shape[1]) - total.log() + mean / temperature
-        scale = self.most / (self.alpha * words)
+        scale = self.most / (self.alpha * size)
         return self.most - scale * divergence, scale * variance / temperature.pow(3)
 
     @torch.no_grad()

@@ -38,9 +38,12 @@ CARD = Card(
     flops="6 N V D for N labels, V words, hidden size D, as cross-entropy",
     claim="H-consistency bounds for the family; that of τ = 1 does not depend on the number of classes",
     checked=(
-        "effect not shown; values, gradients and Hessian products against float64 on full logits, τ = 1 is causal, the "
-        "gradient of τ = 2 equal to that of TRL's dft loss"
+        "values, gradients and Hessian products against float64 on full logits, τ = 1 is causal, the gradient of τ = 2 "
+        "equal to that of TRL's dft loss. 40 % of a toy's labels drawn anew, accuracy − cross-entropy's: τ = 2 "
+        "+22.1 [14.8, 29.4] points at a common rate of 3e-3, where cross-entropy overfits; rates tuned, no difference "
+        "shown, +0.8 [−0.3, 2.0] (python benchmarks/noisy_labels.py). Effect on language models not shown"
     ),
+    evidence=("benchmarks/results/noisy_labels.json",),
     departures="no code of the authors' is known; s is clamped for τ < 1",
     tags=("noisy labels", "generalised cross-entropy", "gce", "mae", "dft", "robust", "likelihood"),
 )

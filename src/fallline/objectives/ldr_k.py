@@ -35,9 +35,11 @@ CARD = Card(
     needs=("labels", "k of at most V"),
     flops="6 N V D for N labels, V words, hidden size D, and the k largest of V for each",
     checked=(
-        "effect not shown; values and gradients against float64 on full logits; k = 1 against the hinge loss, k = V "
-        "against the mean"
+        "values, gradients and Hessian products against float64 on full logits; k = 1 against the hinge loss, k = V "
+        "against the mean. Effect not shown: 40 % of a toy's labels drawn anew, k = 5 of 10, accuracy − "
+        "cross-entropy's −9.9 [−22.0, 2.1] points, rates tuned (python benchmarks/noisy_labels.py)"
     ),
+    evidence=("benchmarks/results/noisy_labels.json",),
     departures="the authors' repository does not have it: this is the loss of the set p_j ≤ 1/k without regulariser; "
     "logits are taken as they are, without the normalisation of the released losses",
     tags=("noisy labels", "margin", "top-k", "robust", "likelihood"),
