@@ -40,8 +40,8 @@ CARD = Card(
         "values, gradients and Hessian products against float64 on full logits, and the limits λ → 0 (hinge), λ = 1 "
         "(cross-entropy), λ → ∞ (mean). 40 % of a toy's labels drawn anew, accuracy − cross-entropy's: λ = 10 +19.6 "
         "[14.0, 25.2] points at a common rate of 3e-3, where cross-entropy overfits; rates tuned, no difference shown, "
-        "+0.5 [−0.2, 1.2]; λ = 1 −0.7 [−1.1, −0.3] tuned (python benchmarks/noisy_labels.py). Effect on language models "
-        "not shown"
+        "+0.5 [−0.2, 1.2]; λ = 1 −0.7 [−1.1, −0.3] tuned (python benchmarks/noisy_labels.py). Effect on language "
+        "models not shown"
     ),
     evidence=("benchmarks/results/noisy_labels.json",),
     departures="the released code passes scores through softplus and divides them by their mean absolute value first; "
