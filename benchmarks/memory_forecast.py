@@ -121,7 +121,7 @@ def measure(one: dict[str, Any], folder: Path, thrifty: bool) -> dict[str, float
         "weights": told.weights,
         "height": told.height,
         "activations": told.activations,
-        "optimizer": told.optimizer,
+        "state": told.optimizer,
     }
 
 

@@ -178,12 +178,12 @@ def bytes_of(ours: Ours, here: Leaves, formula: str) -> float:
     """Bytes by the card: its `state_bytes` or `traffic_bytes`."""
     module = find("optimizer", ours.id).load()
     options = dataclasses.asdict(module.Config(**ours.options))
-    numbers = {k: v for k, v in options.items() if isinstance(v, int | float)}
+    known = {k: v for k, v in options.items() if isinstance(v, int | float | str)}
     total = 0.0
     for p, role in here.values():
         rows = p.shape[0] if p.ndim > 1 else 1
         size = {"n": p.numel(), "rows": rows, "cols": p.numel() // rows}
-        total += cost(by_role(getattr(module.CARD, formula), role), **size, **numbers)
+        total += cost(by_role(getattr(module.CARD, formula), role), **size, **known)
     return total
 
 

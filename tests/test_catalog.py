@@ -103,6 +103,7 @@ def test_a_card_must_be_a_literal(tmp_path: Path) -> None:
 def test_cost_is_arithmetic_only() -> None:
     assert cost("4*n + max(rows, cols) // 2 - -1", n=2, rows=3, cols=5) == 11
     assert cost("n * (rows > 3)", n=2, rows=3) == 0
+    assert cost("n * (split == 'rows') + (split == 'columns')", n=2, split="rows") == 2
     for bad in ("n.real", "__import__('os')", "m", "n if n else 0"):
         with pytest.raises(InputError, match="not arithmetic"):
             cost(bad, n=1)

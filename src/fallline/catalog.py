@@ -296,28 +296,30 @@ def bytes_of(formulas: Mapping[str, str], role: str, shape: Sequence[int], optio
     Args:
         formulas: such as `Card.state_bytes`.
         role, shape: the parameter's.
-        options: the method's; those that are numbers count.
+        options: the method's; those that are numbers or text count.
     """
     if not formulas:
         return 0
     n = math.prod(shape)
     rows = shape[0] if len(shape) > 1 else 1
-    numbers = {k: v for k, v in options.items() if isinstance(v, (int, float))}
-    return cost(by_role(formulas, role), n=n, rows=rows, cols=n // max(1, rows), **numbers)
+    known = {k: v for k, v in options.items() if isinstance(v, (int, float, str))}
+    return cost(by_role(formulas, role), n=n, rows=rows, cols=n // max(1, rows), **known)
 
 
-def cost(expression: str, **values: float) -> float:
+def cost(expression: str, **values: float | str) -> float:
     """Evaluate a card's cost formula. A comparison counts 1 when it holds, 0 when not.
 
     >>> cost("4 * n * (momentum > 0) + 4 * min(rows, cols)", n=6, rows=2, cols=3, momentum=0.9)
     32
+    >>> cost("4 * n * (split == 'rows')", n=6, split="columns")
+    0
     """
 
     def walk(node: ast.AST) -> Any:
         match node:
             case ast.Expression(body=body):
                 return walk(body)
-            case ast.Constant(value=int() | float() as value):
+            case ast.Constant(value=int() | float() | str() as value):
                 return value
             case ast.Name(id=name) if name in values:
                 return values[name]
@@ -327,6 +329,8 @@ def cost(expression: str, **values: float) -> float:
                 return _OPERATORS[type(op)](walk(operand))
             case ast.Compare(left=left, ops=[ast.Gt()], comparators=[right]):
                 return int(walk(left) > walk(right))
+            case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+                return int(walk(left) == walk(right))
             case ast.Call(func=ast.Name(id="min" | "max" as name), args=args):
                 return {"min": min, "max": max}[name](*map(walk, args))
         raise InputError(f"cost formula {expression!r} is not arithmetic over {', '.join(values)}")

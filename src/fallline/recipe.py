@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -352,6 +352,17 @@ def _options(kind: type[T], given: Mapping[str, Node], what: str, where: str) ->
     """Options from nodes; an error names the key's own line where it has one."""
     plain = {k: _plain(v) for k, v in given.items()}
     return kind.from_mapping(plain, what, lambda k: given[k].where if k in given else where)
+
+
+def commas(text: str) -> Iterator[str]:
+    """Text split at the commas that are in no bracket."""
+    depth, start = 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "[{") - (c in "]}")
+        if c == "," and depth == 0:
+            yield text[start:i]
+            start = i + 1
+    yield text[start:]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

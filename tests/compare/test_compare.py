@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from fallline.catalog import find
-from fallline.drivers.compare import compare, measuring, rebuild
-from fallline.drivers.compare.study import read_study
+from fallline.drivers.compare import compare, measuring, rebuild, work
+from fallline.drivers.compare.run import ask
+from fallline.drivers.compare.study import finals_of, read_study
 from fallline.drivers.train import train
 from fallline.errors import InputError
 from fallline.metrics import read
@@ -243,6 +244,27 @@ def test_room_is_looked_for_before_the_first_step(recipe: Path, tmp_path: Path, 
     with pytest.raises(InputError, match="1 MiB are free"):
         compare(recipe, over=OVER, out=tmp_path / "out", progress=None)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_runs_at_a_time_must_fit_together(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    question = ask(recipe, (), ("optimizer=adamw,sgd,lion",), 2, None, "tokens", 3, "")
+    monkeypatch.setattr(work, "at_hand", lambda device: 100e6)
+
+    def check(parallel: int, force: bool = False) -> None:
+        with work.Work(question, tmp_path, parallel, force, None, lambda: None) as here:
+            peaks = dict(zip((c.label for c in question.choices), (5e7, 3e7, 4e7), strict=True))
+            here.measured = {label: {"memory": {"peak": peak}} for label, peak in peaks.items()}
+            here.check_memory()
+
+    check(1)
+    check(2)
+    check(3, force=True)
+    with pytest.raises(InputError, match=r"largest 3 choices take .* --resume --parallel 2; --force"):
+        check(3)
+    for place in finals_of(tmp_path, question.choices[0], question.seeds):  # what is through takes nothing any more
+        place.outcome.parent.mkdir(parents=True, exist_ok=True)
+        place.outcome.write_text('{"status": "done"}')
+    check(3)
 
 
 def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], recipe: Path, tmp_path: Path):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, OpenAIGPTConfig
 
 from fallline.catalog import bytes_of, entries, find
 from fallline.drivers.compare.meter import split
 from fallline.drivers.plan import forecast, setup_of, speed
 from fallline.drivers.plan.question import plan, recipe_of
-from fallline.drivers.plan.table import Row
+from fallline.drivers.plan.table import Row, combinations
 from fallline.drivers.setting import build
 from fallline.drivers.skeleton import shape_of
+from fallline.errors import InputError
 from fallline.footprint import Held
+from fallline.optim.precision import Precision, low_precision
 from fallline.recipe import Recipe
 from fallline.step import take_step
 
@@ -73,35 +77,66 @@ class Others(nn.Module):
         self.norm = nn.Parameter(torch.ones(3000))
 
 
-@pytest.mark.parametrize("id", OPTIMIZERS)
+ASKED = [
+    *((id, OPTIONS.get(id, {})) for id in OPTIMIZERS),
+    ("galore", {"basis": "svd"}),
+    ("frugal", {"split": "entries"}),
+    ("frugal", {"split": "svd"}),
+    ("spam", {"density": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("id", "options"), ASKED, ids=str)
 @pytest.mark.parametrize("model", [Matrices(512, 1024), Matrices(1024, 512), Others()], ids=["wide", "tall", "others"])
-def test_workspace_is_that_of_the_card(id: str, model: nn.Module):
-    """Counted are tensors; what C loops and torch's kernels take for themselves is small."""
+def test_workspace_is_that_of_the_card(id: str, options: dict[str, Any], model: nn.Module):
+    """Counted are tensors; what C loops and torch's kernels take for themselves is small. In the first update bases and
+    parts are found."""
     module = find("optimizer", id).load()
-    options = OPTIONS.get(id, {}) | ({"rank": 64} if "rank" in module.Config.__dataclass_fields__ else {})
-    config = module.Config(**options)
+    config = module.Config(**options | ({"rank": 64} if "rank" in module.Config.__dataclass_fields__ else {}))
     optimizer = module.build(config, model, seed=0)
     params = list(model.parameters())
     for p in params:
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
-    with Held() as held:
-        for p in params:
-            held.know(p, p.grad, *(t for t in flat(optimizer.state[p])))
-        optimizer.step()
+    beside = []
+    for _ in range(2):
+        with Held() as held:
+            for p in params:
+                held.know(p, p.grad, *flat(optimizer.state[p]))
+            optimizer.step()
+            beside.append(held.height - held.now)  # what is left is state
     for p in params:
         p.grad = None
+    if id == "adamw-8bit":  # it begins by rounding zeros, most of which take no memory on a CPU
+        beside = beside[1:]
     role = "head" if isinstance(model, Others) else "matrix"
     card = module.CARD.workspace_bytes
     told = max(bytes_of(card, role if p.ndim > 1 else "vector", p.shape, vars(config)) for p in params)
-    assert held.height < 1.05 * told + 5e6, (held.height, told)
-    assert told < 2 * held.height + 5e6, (held.height, told)
+    assert max(beside) < 1.05 * told + 5e6, (beside, told)
+    assert told < 2 * max(beside) + 5e6, (beside, told)
 
 
 def flat(tree: object) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return [tree]
     return [t for value in tree.values() for t in flat(value)] if isinstance(tree, dict) else []
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-stochastic"])
+def test_copies_of_a_large_parameter_are_there_at_once(precision: Precision, monkeypatch: pytest.MonkeyPatch):
+    """Counted on real tensors; a bucket is smaller here than the largest parameter."""
+    for module in ("fallline.optim.precision", "fallline.drivers.plan.forecast"):
+        monkeypatch.setattr(import_module(module), "BUCKET", 1 << 12)
+    here = setup_of(recipe_of([f"precision={precision}"], 32, 2), config("llama", 2), "cpu")
+    model = AutoModelForCausalLM.from_config(here.shape, dtype=torch.bfloat16)
+    adamw = here.optimizer
+    optimizer = low_precision(lambda p: adamw.module.build(adamw.options, p), model, precision=precision)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with Held() as held:
+        held.know(*model.parameters(), *(p.grad for p in model.parameters()), *flat(optimizer.state_dict()))
+        optimizer.step()
+    assert forecast(here).moments["update"].rest == pytest.approx(held.height, rel=0.05)
 
 
 def test_seven_billion_parameters_are_planned_from_shapes():
@@ -116,6 +151,8 @@ def test_the_table_is_in_the_order_it_states():
     memory = 150e6
     rows = plan_tiny(memory)
     assert [row.order for row in rows] == sorted(row.order for row in rows)
+    beyond = [row.forecast.peak for row in rows if row.fits == "no"]
+    assert beyond == sorted(beyond), "the least first"
     for row in rows:
         assert (row.fits == "no") == (row.forecast.peak > memory)
     assert {row.fits for row in rows} >= {"yes", "no"}
@@ -153,6 +190,27 @@ def test_what_cannot_be_traced_is_named_with_what_was_assumed():
     assert found.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(experts).parameters())
 
 
+def test_a_model_that_is_none_is_one_clear_line():
+    """A forecast must not end a run with the error of code that it only tries."""
+    experts = DeepseekV2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=300)
+    with pytest.raises(InputError, match="'deepseek_v2' model cannot be"):
+        forecast(setup_of(recipe_of([], 32, 2), experts, "cpu"))
+
+
+def test_what_a_model_cannot_do_is_no_row():
+    shape = OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=300)
+    rows = combinations(setup_of(recipe_of([], 32, 1), shape, "cpu"), memory=1e12)
+    assert {row.setup.options.checkpointing for row in rows} == {False}
+    assert {row.setup.adapter.id for row in rows} >= {"none"}
+
+
+def test_compiled_code_is_sized_as_what_is_compiled():
+    plain, compiled = (
+        setup_of(recipe_of(words, 32, 2), config("llama"), "cpu") for words in ([], ["model.compile=true"])
+    )
+    assert compiled.options == plain.options
+
+
 def test_an_estimator_that_needs_values_is_sized_as_backpropagation():
     words = ["estimator={name: dpsgd, noise: 1.0}", "sampler={name: poisson}"]
     found = forecast(setup_of(recipe_of(words, 32, 2), config("llama", 2), "cpu"))
@@ -162,7 +220,10 @@ def test_an_estimator_that_needs_values_is_sized_as_backpropagation():
 
 def test_speed_is_that_of_real_passes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(speed, "SECONDS", 0.2)
-    here = setup_of(recipe_of([], 64, 2), config("llama", 3), "cpu")
+    monkeypatch.setattr(speed, "WORDS", 128)
+    shape = config("llama", 3)
+    shape.pad_token_id = 299  # a word that the model tried does not have
+    here = setup_of(recipe_of([], 64, 2), shape, "cpu")
     found = speed.calibrate(here, torch.device("cpu"))
     assert 1e7 < found.flops < 1e14
     assert 1e7 < found.bytes < 1e13

@@ -35,13 +35,15 @@ def run(args: Namespace) -> int:
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device is auto, cpu or cuda, got {args.device!r}")
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps must be at least 1, got {args.steps}")
     memory = free(device) if args.memory is None else size(args.memory)
     if args.explain is not None:
+        if args.all or args.speed or args.steps is not None:
+            raise InputError("--all, --speed and --steps are about the table; --explain shows one combination")
         row = explain(args.model, args.explain, memory=memory, length=args.length, batch=args.batch, device=device)
         print(json.dumps(row.to_mapping(), indent=2) if args.json else "\n".join(explained(row, memory)))
         return 0
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps must be at least 1, got {args.steps}")
     rows = plan(args.model, memory=memory, length=args.length, batch=args.batch, device=device)
     rates: list[float | None] = [None] * len(rows)
     if args.speed or args.steps is not None:
@@ -49,22 +51,29 @@ def run(args: Namespace) -> int:
         rates = [args.batch * args.length / speed.step(r.forecast, math.ceil(args.batch / r.setup.rows)) for r in rows]
     rated = list(zip(rows, rates, strict=True))
     if args.json:
-        told = [row.to_mapping() | {"tokens_per_second": rate} for row, rate in rated]
+        told = [row.to_mapping() | {"tokens_per_second": rate, "seconds": seconds(args, rate)} for row, rate in rated]
         print(json.dumps({"model": args.model, "memory": round(memory), "rows": told}, indent=2))
         return 0
     print("\n".join(table(args.model, rated if args.all else shortened(rated), memory, len(rows))))
-    if args.steps is not None and rates[0]:
-        seconds = args.steps * args.batch * args.length / rates[0]
-        print(f"{args.steps} steps as in the first line take about {duration(seconds)}")
+    first = seconds(args, rates[0])
+    if first is not None:
+        print(f"{args.steps} steps as in the first line take about {duration(first)}")
     return 0
+
+
+def seconds(args: Namespace, rate: float | None) -> float | None:
+    """Of the steps that were asked for."""
+    return None if args.steps is None or not rate else args.steps * args.batch * args.length / rate
 
 
 def free(device: str) -> float:
     """The memory at hand on this machine.
 
     Raises:
-        InputError: nobody knows.
+        InputError: nobody knows, or there is no such device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU here whose memory is free; give --memory SIZE")
     found = at_hand(pick_device(device))
     if found is None:
         raise InputError("this system does not say how much memory is free; give --memory SIZE")
@@ -79,7 +88,7 @@ def size(text: str) -> float:
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
     unit = found and UNITS.get(found[2].lower() or "b")
-    if not found or not unit or float(found[1]) == 0:
+    if not found or not unit or not 0 < float(found[1]) * unit < math.inf:
         raise InputError(f"--memory is a size such as 24GiB, 800MiB or 16GB, got {text!r}")
     return float(found[1]) * unit
 

@@ -59,12 +59,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build(recipe: Recipe, *, check_memory: bool = False) -> Setting:
+def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) -> Setting:
     """Load data and model and put the parts together. Nothing is written but caches.
 
     Args:
         recipe: what to build.
-        check_memory: refuse, before the model is loaded, what will not fit into the memory at hand.
+        check_memory: before the model is loaded, refuse what will not fit into the memory at hand, and save where it is
+            scarce.
+        force: refuse nothing for want of memory.
 
     Raises:
         InputError: whatever cannot be used, in one line.
@@ -80,7 +82,7 @@ def build(recipe: Recipe, *, check_memory: bool = False) -> Setting:
     dataset = recipe.data.module.build(recipe.data.options, brought)
     if check_memory:
         chosen, length = recipe.model, recipe.data.options.length
-        check(recipe, chosen.module.architecture(chosen.options, dataset.tokenizer, length), device)
+        check(recipe, chosen.module.architecture(chosen.options, dataset.tokenizer, length), device, force=force)
     model = recipe.model.module.build(
         recipe.model.options,
         tokenizer=dataset.tokenizer,

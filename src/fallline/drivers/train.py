@@ -130,7 +130,7 @@ def train(
     out = run_folder(recipe, resume)
     names = [recipe.settings.tracker] if recipe.settings.tracker else []
     check_trackers(names)
-    setting = build(recipe, check_memory=not force)
+    setting = build(recipe, check_memory=True, force=force)
     make_folder(out)
     with checkpoint.lock(out), interruptible() as interrupted:
         saved = open_folder(setting, out, resume)

@@ -73,6 +73,17 @@ def configuration(path: str) -> Any:
     return found
 
 
+def check_length(shape: Any, length: int, path: str) -> None:
+    """Refuse rows that are longer than the model has positions.
+
+    Raises:
+        InputError: they are.
+    """
+    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(f"rows of {length} tokens are longer than the {positions} positions of model {path!r}")
+
+
 def has_sdpa(shape: Any) -> bool:
     """Whether the models of this configuration can use torch's fused attention."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(shape)]
@@ -117,10 +128,7 @@ def load_model(
         InputError: no such model, not a causal one, damaged or incomplete weights, rows longer than it has positions.
     """
     shape = configuration(path)
-    text = shape.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(f"rows of {length} tokens are longer than the {positions} positions of model {path!r}")
+    check_length(shape, length, path)
     if options.attention == "sdpa" and not has_sdpa(shape):
         raise InputError(f"a {shape.model_type!r} model has no sdpa attention; set attention: eager")
     with loading("weights", path):

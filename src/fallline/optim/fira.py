@@ -50,8 +50,8 @@ CARD = Card(
         "any": "28 * n",
     },
     workspace_bytes={
-        "matrix": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
-        "adapter": "max(16 * rank * max(rows, cols), 4 * n * (cols > rows) + 8 * rank * max(rows, cols))",
+        "matrix": "8 * n + 8 * n * (basis == 'svd') + 12 * min(rank, rows, cols) * max(rows, cols)",
+        "adapter": "8 * n + 8 * n * (basis == 'svd') + 12 * min(rank, rows, cols) * max(rows, cols)",
         "any": "0",
     },
     flops="4 a b r for each matrix, 6 a b r with κ ≥ ½, a and b its short and long side, and 4 a b r + O(a r²) more at "

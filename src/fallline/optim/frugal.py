@@ -49,16 +49,28 @@ CARD = Card(
         "head": "8 * n",
         "vector": "8 * n",
         "objective": "8 * n",
-        "any": "8 * rows * ((density * cols + 0.5) // 1)",
+        "any": "8 * rows * ((density * cols + 0.5) // 1) * (split == 'columns')"
+        " + 8 * cols * ((density * rows + 0.5) // 1) * (split == 'rows')"
+        " + (8 * ((density * n + 0.5) // 1) + (n + 7) // 8) * (split == 'entries')"
+        " + 4 * ((density * min(rows, cols) + 0.5) // 1) * (2 * max(rows, cols) + min(rows, cols)) * (split == 'svd')"
+        " + 8 * density * n * (split == 'block')",
     },
     traffic_bytes={
         "embedding": "28 * n",
         "head": "28 * n",
         "vector": "28 * n",
         "objective": "28 * n",
-        "any": "12 * n + 16 * rows * ((density * cols + 0.5) // 1)",
+        "any": "12 * n + 16 * rows * ((density * cols + 0.5) // 1) * (split == 'columns')"
+        " + 16 * cols * ((density * rows + 0.5) // 1) * (split == 'rows')"
+        " + (16 * ((density * n + 0.5) // 1) + 2 * ((n + 7) // 8)) * (split == 'entries')"
+        " + 8 * ((density * min(rows, cols) + 0.5) // 1) * (2 * max(rows, cols) + min(rows, cols)) * (split == 'svd')"
+        " + 16 * density * n * (split == 'block')",
     },
-    workspace_bytes={"matrix": "6 * n", "adapter": "6 * n", "any": "0"},
+    workspace_bytes={
+        "matrix": "6 * n + 6 * n * (split == 'entries') + 10 * n * (split == 'svd')",
+        "adapter": "6 * n + 6 * n * (split == 'entries') + 10 * n * (split == 'svd')",
+        "any": "0",
+    },
     flops="with split svd: 6 r m n for each matrix, and a singular value decomposition at one of refresh_every updates",
     claim="Llama 60M to 1B on C4: lower perplexity than GaLore and BAdam at the same memory, close to Adam's; GLUE "
     "with RoBERTa also at ρ = 0",
@@ -68,7 +80,7 @@ CARD = Card(
     " equal to 1e-14 for all splits and remainders; effect not shown. One update of a 58 M Llama on two CPU "
     "cores: 1.31 ± 12 % of torch's fused AdamW (python benchmarks/optimizer_step.py low-rank --pairs 15)",
     evidence=("benchmarks/results/optimizer_step_low_rank.json",),
-    departures="bytes and traffic here are of split columns; of the others, the module's text. Columns and rows are "
+    departures="bytes and traffic of split block are an average over matrices. Columns and rows are "
     "adjacent ones from a random place on, where the released code draws each: they need no index and no "
     "gathering, and single ones are what entries are for. A share of L things is ⌊ρL + ½⌋ of them, where the "
     "released code takes ⌊ρL⌋ columns, rows or entries. With svd, what is left of the gradient, and entries "

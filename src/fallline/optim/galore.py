@@ -46,7 +46,11 @@ CARD = Card(
         "adapter": "12 * n + 8 * min(rank, rows, cols) * (2 * max(rows, cols) + min(rows, cols))",
         "any": "28 * n",
     },
-    workspace_bytes={"matrix": "16 * rank * max(rows, cols)", "adapter": "16 * rank * max(rows, cols)", "any": "0"},
+    workspace_bytes={
+        "matrix": "8 * n + 8 * n * (basis == 'svd') + 12 * min(rank, rows, cols) * max(rows, cols)",
+        "adapter": "8 * n + 8 * n * (basis == 'svd') + 12 * min(rank, rows, cols) * max(rows, cols)",
+        "any": "0",
+    },
     flops="4 a b r for each matrix, a and b its short and long side, and 4 a b r + O(a r²) more at one of "
     "refresh_every updates; with basis svd, then a singular value decomposition",
     claim="Llama 60M to 1B on C4: near Adam's perplexity with up to 65.5 % less optimizer state in bfloat16; Llama 7B "

@@ -54,6 +54,7 @@ CARD = Card(
         "matrix": "28 * n + (1 > density) * (16 * (density * n // 1) + 2 * ((n + 7) // 8) - 16 * n)",
         "any": "28 * n",
     },
+    workspace_bytes={"matrix": "(1 > density) * 13 * n", "any": "0"},
     claim="Llama 60M to 1B on C4: lower perplexity than Adam, also with other kinds of clipping; sparse, lower than "
     "GaLore and Adam-mini with as much memory",
     checked="the equation in float64, dense and sparse; clip, reset and new elements happen and hold what they "

@@ -32,8 +32,7 @@ class Row:
         lr: at which a tiny Llama learns.
         factors_last_two: whether its state of more than two dimensions is by the last two, where formulas on cards know
             such a tensor as (first, all others).
-        matrix_bytes: formulas one of which is a matrix's bytes of state, where the card's, which know options that are
-            numbers only, are of another setting.
+        matrix_bytes: formulas one of which is a matrix's bytes of state, where the card's is an average over matrices.
     """
 
     id: str

@@ -103,12 +103,6 @@ CHANGES: dict[str, Any] = {
     "eps": 1e-3,
     "weight_decay": 0.2,
 }
-BYTES = {
-    "rows": "8 * cols * ((density * rows + 0.5) // 1)",
-    "entries": "8 * ((density * n + 0.5) // 1) + (n + 7) // 8",
-    "svd": "4 * ((density * min(rows, cols) + 0.5) // 1) * (2 * max(rows, cols) + min(rows, cols))",
-}
-
 ROWS = [
     Row("frugal", frugal, OPTIONS, CHANGES, lr=1e-2),
     Row("frugal", frugal, OPTIONS | {"remainder": "sgd"}, CHANGES | {"remainder": "sign"}, lr=1e-2, name="frugal-sgd"),
@@ -120,7 +114,6 @@ ROWS = [
             CHANGES | {"split": "columns"},
             lr=1e-2,
             name=f"frugal-{split}",
-            matrix_bytes=(BYTES[split],),
         )
         for split in ("rows", "entries", "svd")
     ),

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from ...catalog import KINDS, entries
 from ...errors import InputError, nearest
-from ...recipe import Recipe
+from ...recipe import Recipe, commas
 
 OWN = ("out", "seed", "sample", "tracker", "checkpoint", "probes")
 """Keys that a choice cannot be about: the comparison sets them, or they change nothing that it measures."""
@@ -129,21 +129,10 @@ def _read(text: str) -> tuple[str, list[str]]:
     if head in OWN:
         why = "use --seeds" if head == "seed" else "the comparison sets it, or it changes nothing that is measured"
         raise InputError(f"--over cannot be about {head!r}: {why}")
-    found = [value.strip() for value in _split(values)]
+    found = [value.strip() for value in commas(values)]
     if "" in found:
         raise InputError(f"--over: an empty value in {text!r}")
     return key, found
-
-
-def _split(text: str) -> Iterator[str]:
-    """At the commas that are in no bracket."""
-    depth, start = 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "[{") - (c in "]}")
-        if c == "," and depth == 0:
-            yield text[start:i]
-            start = i + 1
-    yield text[start:]
 
 
 def _label(key: str, value: str) -> str:
@@ -152,7 +141,7 @@ def _label(key: str, value: str) -> str:
         inner = re.fullmatch(r"\{(.*)\}", value.strip())
         if inner is None:
             return value
-        parts = [part.partition(":") for part in _split(inner[1])]
+        parts = [part.partition(":") for part in commas(inner[1])]
         named = [v.strip() for k, _, v in parts if k.strip() == "name"]
         return " ".join(named + [f"{k.strip()}={v.strip()}" for k, _, v in parts if k.strip() != "name"])
     return f"{key.rpartition('.')[2]}={value}"

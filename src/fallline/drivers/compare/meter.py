@@ -43,7 +43,7 @@ def meter(asked: TextIO, answers: TextIO) -> None:
     base = resident_memory()
     try:
         question = json.loads(asked.readline())
-        setting = build(Recipe.parse(question["recipe"]), check_memory=not question["force"])
+        setting = build(Recipe.parse(question["recipe"]), check_memory=True, force=question["force"])
         on_cpu = setting.run.device.type == "cpu"
         setting.run.setup()
         if on_cpu:

@@ -171,6 +171,7 @@ def answer(
                 work.measure()
                 if interrupted() is None:
                     work.check_room()
+                    work.check_memory()
                     work.train()
             report = analyse(gather(folder, study))
             write(folder, report)

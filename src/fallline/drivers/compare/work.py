@@ -13,10 +13,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self, TextIO, TypeVar
 
+import torch
+
 from ...errors import InputError, StorageError
 from ...metrics.progress import duration
 from ...recipe import Recipe
 from ..folder import make_folder, validation_curve, write_text
+from ..plan.check import at_hand, size
+from ..setting import pick_device
 from .choices import Choice
 from .equal import equal_memory, equal_steps
 from .measuring import died, measure
@@ -132,6 +136,30 @@ class Work:
         if need - sum(f.stat().st_size for f in files) > free:
             raise InputError(
                 f"{self.folder}: the runs' checkpoints need {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            )
+
+    def check_memory(self) -> None:
+        """Refuse more runs at a time than the memory at hand holds, by what each choice was measured to take.
+
+        Raises:
+            InputError: it does not hold the largest of them together.
+        """
+        taken: dict[torch.device, list[int]] = {}
+        for choice in self.study.choices:
+            found = self.measured.get(choice.label, {}).get("memory")
+            left = any(place.read() is None for place in finals_of(self.folder, choice, self.study.seeds))
+            if choice.recipe is not None and found is not None and left:
+                taken.setdefault(pick_device(choice.recipe.settings.device), []).append(found["peak"])
+        for device, peaks in taken.items():
+            largest = sorted(peaks, reverse=True)[: len(self.servers)]  # a choice's own runs come one after another
+            free = at_hand(device)
+            if self.force or len(largest) < 2 or free is None or sum(largest) <= free:
+                continue
+            fit = max(n for n in range(1, len(largest)) if n == 1 or sum(largest[:n]) <= free)
+            raise InputError(
+                f"the largest {len(largest)} choices take {size(sum(largest))} together and {size(free)} of memory are "
+                f"free; go on with fewer runs at a time: fallline compare {self.folder} --resume --parallel {fit}; "
+                "--force runs them all the same"
             )
 
     def train(self) -> None:

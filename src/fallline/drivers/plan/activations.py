@@ -117,11 +117,8 @@ def trace(asked: Pass, *, layers: int | None) -> Traced:
 
 
 def stand_in(shape: PretrainedConfig) -> LlamaConfig:
-    """A Llama of the same sizes; of a mixture of experts, with what one token passes through.
-
-    Raises:
-        AttributeError: the configuration does not have them.
-    """
+    """A Llama of the same sizes; of a mixture of experts, with what one token passes through. Raises anything where the
+    configuration does not have them."""
     text = shape.get_text_config()
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 4 * text.hidden_size)
     return LlamaConfig(

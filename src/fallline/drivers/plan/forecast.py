@@ -35,6 +35,9 @@ GAPS = 0.01
 """Bytes, and share of the sum, that processes take beside their tensors on a CPU, with freed memory given back at once.
 Fitted once, on fourteen development runs of an earlier draw of `benchmarks/memory_forecast.py`."""
 
+ROUNDING = 7
+"""Bytes for each element of a parameter that its stochastic rounding takes beside its copy and its gradient."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -124,6 +127,7 @@ class Forecast:
 def setup_of(recipe: Recipe, shape: PretrainedConfig, device: str) -> Setup:
     """What of a recipe decides about memory; `shape`: the model's."""
     settings, options = recipe.settings, recipe.model.options
+    options = replace(options, compile=False)  # compiled code cannot be traced; what it holds is taken to be the same
     if options.attention == "sdpa" and not has_sdpa(shape):
         options = replace(options, attention="eager")  # the only one it has
     rows = settings.micro or settings.batch
@@ -158,7 +162,7 @@ def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
     activations of a Llama of the same sizes; the second value says so.
 
     Raises:
-        InputError: none of these can be traced.
+        InputError: none of these can be traced, or the options do not fit the model.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True  # it would tell what is told below
@@ -168,6 +172,8 @@ def trace_or_assume(setup: Setup, layers: int | None) -> tuple[Traced, str]:
             same = here.shape is setup.shape
             try:
                 found = trace(asked(here), layers=layers if same else here.shape.num_hidden_layers)
+            except InputError:
+                raise
             except Exception as error:  # whatever code says that was asked for values it does not have
                 reason = reason or str(error).split("\n")[0]
             else:
@@ -183,7 +189,7 @@ def attempts(setup: Setup) -> Iterator[tuple[Setup, str]]:
     plain = default("estimator", "backprop")
     if setup.estimator.id != plain.id:
         yield replace(setup, estimator=plain), "activations of plain backpropagation"
-    with suppress(AttributeError):
+    with suppress(Exception):  # its sizes are none that a Llama could have
         same = replace(setup, estimator=plain, shape=stand_in(setup.shape))
         yield same, "activations of plain backpropagation of a Llama of the same sizes"
 
@@ -202,9 +208,19 @@ def asked(setup: Setup) -> Pass:
 
 
 def leaves_of(setup: Setup) -> tuple[Counter[Leaf], int, int | None]:
-    """How many parameters of each kind; bytes of buffers; the number of layers if they are alike."""
+    """How many parameters of each kind; bytes of buffers; the number of layers if they are alike.
+
+    Raises:
+        InputError: there is no such model without values, or the options do not fit it.
+    """
     with Shapes():
-        model = skeleton(setup.shape, DTYPES[setup.precision], setup.options)
+        try:
+            model = skeleton(setup.shape, DTYPES[setup.precision], setup.options)
+        except InputError:
+            raise
+        except Exception as error:  # as above
+            kind, reason = setup.shape.model_type, str(error).split("\n")[0]
+            raise InputError(f"a {kind!r} model cannot be made of shapes alone: {reason}") from error
         layers = alike(model)
         adapter = setup.adapter.module.build(setup.adapter.options)
         if adapter is not None:
@@ -229,21 +245,23 @@ def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced, as
     options = vars(setup.optimizer.options)
     master = setup.precision == "bfloat16"
     roles: dict[str, dict[str, float]] = {}
-    workspace = traffic = narrow = (
-        0.0  # elements that are trained in less than float32: float32 copies are made or kept
-    )
+    workspace = traffic = 0.0
+    narrow = widest = 0  # elements trained in less than float32, of which float32 copies are made or kept; in one leaf
     for leaf, times in leaves.items():
         parts = roles.setdefault(leaf.role, {"weights": 0, "gradients": 0, "optimizer": 0})
         parts["weights"] += times * leaf.bytes
         if leaf.trained:
-            low = leaf.bytes < 4 * leaf.elements
-            narrow += times * leaf.elements * low
-            workspace = max(workspace, bytes_of(card.workspace_bytes, leaf.role, leaf.shape, options))
-            state = bytes_of(card.state_bytes, leaf.role, leaf.shape, options) + 4 * leaf.elements * (master and low)
+            low = leaf.elements * (leaf.bytes < 4 * leaf.elements)
+            narrow, widest = narrow + times * low, max(widest, low)
+            beside = bytes_of(card.workspace_bytes, leaf.role, leaf.shape, options)
+            workspace = max(workspace, beside, 0 if master else ROUNDING * low)
+            state = bytes_of(card.state_bytes, leaf.role, leaf.shape, options) + 4 * low * master
             traffic += times * bytes_of(card.traffic_bytes, leaf.role, leaf.shape, options)
             parts["gradients"] += times * leaf.bytes
             parts["optimizer"] += times * state
-    bucket = min(narrow, BUCKET) if narrow and separable(setup.optimizer) else narrow
+    bucket = narrow  # of these copies, those that are there at a time
+    if narrow > BUCKET and separable(setup.optimizer):
+        bucket = max(widest, BUCKET)
     gradients = sum(parts["gradients"] for parts in roles.values())
     workspace += bucket * (4 if master else 8)
     moments = {phase: moment.after(gradients) if setup.several else moment for phase, moment in traced.heights.items()}

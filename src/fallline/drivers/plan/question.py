@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...errors import InputError
-from ...recipe import WORDS, Recipe, Settings
+from transformers import PretrainedConfig
+
+from ...errors import InputError, nearest
+from ...models.llama import PRESETS
+from ...models.loading import check_length
+from ...recipe import Recipe, commas
 from ..skeleton import shape_of
 from .forecast import forecast, setup_of
 from .table import Row, combinations, verdict
+
+METHODS = ("optimizer", "adapter", "objective", "estimator")
+KEYS = {"precision": "precision", "micro": "micro"} | {k: f"model.{k}" for k in ("checkpointing", "attention")}
+"""What else decides about memory → key of the recipe."""
+
+LEAST_LENGTH = 8
+"""Tokens in a row, as sources of data have it."""
+
+FLAGS = {"model": "MODEL", "data": "--length", "batch": "--batch", "device": "--device"}
+"""Keys of a recipe that are asked otherwise."""
 
 
 def plan(model: str, *, memory: float, length: int = 1024, batch: int = 8, device: str = "cpu") -> list[Row]:
@@ -21,28 +35,41 @@ def plan(model: str, *, memory: float, length: int = 1024, batch: int = 8, devic
         device: ``cpu`` or ``cuda``, there or not.
 
     Raises:
-        InputError: no such model, or not positive numbers.
+        InputError: no such model, not positive numbers, or rows longer than it has positions.
     """
-    for name, value in (("memory", memory), ("length", length), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value:g}")
-    first = setup_of(recipe_of([], length, batch), shape_of(model), device)
-    return combinations(first, memory=memory, batch=batch, device=device)
+    shape = asked_shape(model, memory=memory, length=length, batch=batch)
+    return combinations(setup_of(recipe_of([], length, batch), shape, device), memory=memory)
 
 
 def explain(model: str, words: str, *, memory: float, length: int = 1024, batch: int = 8, device: str = "cpu") -> Row:
     """One combination.
 
     Args:
-        words: such as ``optimizer=fira,rank=64,adapter=lora,checkpointing=true,micro=2``: keys of a recipe, and options
-            of the method named last. Others: as for `plan`.
+        words: such as ``optimizer=fira,rank=64,adapter=lora,checkpointing=true,micro=2``: `METHODS` and `KEYS`, and
+            options of the method named last. Others: as for `plan`.
 
     Raises:
         InputError: as `plan`, or an unknown word.
     """
-    setup = setup_of(recipe_of(overrides(words), length, batch), shape_of(model), device)
+    shape = asked_shape(model, memory=memory, length=length, batch=batch)
+    setup = setup_of(recipe_of(overrides(words), length, batch), shape, device)
     found = forecast(setup)
     return Row(setup, found, verdict(found.peak, memory))
+
+
+def asked_shape(model: str, *, memory: float, length: int, batch: int) -> PretrainedConfig:
+    """The model's 🤗 configuration.
+
+    Raises:
+        InputError: as `plan`.
+    """
+    for name, value, least in (("memory", memory, 1), ("length", length, LEAST_LENGTH), ("batch", batch, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value:g}")
+    shape = shape_of(model)
+    if model not in PRESETS:  # whose positions are as many as a recipe's rows need
+        check_length(shape, length, model)
+    return shape
 
 
 def recipe_of(words: Sequence[str], length: int, batch: int) -> Recipe:
@@ -59,20 +86,22 @@ def overrides(words: str) -> list[str]:
     """``optimizer=fira,rank=64,checkpointing=true`` as overrides of a recipe.
 
     Raises:
-        InputError: an option before any method.
+        InputError: an option before any method, or a key that has no effect on memory.
     """
     found, method = list[str](), ""
-    for word in filter(None, (w.strip() for w in words.split(","))):
+    for word in filter(None, (w.strip() for w in commas(words))):
         key, equals, value = word.partition("=")
         if not equals:
             raise InputError(f"--explain takes key=value, with commas between, got {word!r}")
-        if key in WORDS:
+        if key in METHODS:
             method = key
             found.append(word)
-        elif key in ("checkpointing", "attention"):
-            found.append(f"model.{word}")
-        elif key in Settings.__dataclass_fields__:
-            found.append(word)
+        elif key in KEYS:
+            found.append(f"{KEYS[key]}={value}")
+        elif key in FLAGS:
+            raise InputError(f"--explain: {key!r} is not of a combination; give it as {FLAGS[key]}")
+        elif key in Recipe.KEYS:
+            raise InputError(f"--explain: {key!r} has no effect on memory; {nearest(key, (*METHODS, *KEYS))}")
         elif method:
             found.append(f"{method}.{key}={value}")
         else:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from ...adapters.layers import inject
 from ...models.base import finish
 from ...optim.precision import DTYPES
-from .activations import fewer, problem, trace
-from .forecast import Forecast, Setup, asked
+from .activations import fewer, problem
+from .forecast import Forecast, Setup, asked, trace_or_assume
 
 SECONDS = 5.0
 WORDS = 1024
@@ -46,7 +46,8 @@ def calibrate(setup: Setup, device: torch.device) -> Speed:
     """
     began = time.perf_counter()
     small = fewer(setup.shape, 1)
-    small.get_text_config().vocab_size = WORDS
+    text = small.get_text_config()
+    text.vocab_size, text.pad_token_id = WORDS, None
     here = replace(setup, shape=small, rows=1, length=min(setup.length, 64), several=False)
     while (here.rows, here.length) != (setup.rows, setup.length):
         if statistics.median(passes(here, device, began)) > TURN:
@@ -56,7 +57,7 @@ def calibrate(setup: Setup, device: torch.device) -> Speed:
         else:
             here = replace(here, rows=min(setup.rows, 2 * here.rows))
     seconds = passes(here, device, began + SECONDS)
-    flops = trace(asked(here), layers=None).flops
+    flops = trace_or_assume(here, None)[0].flops
     return Speed(flops / statistics.median(seconds), copies(device))
 
 

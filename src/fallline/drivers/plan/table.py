@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ NOTHING = Traced(dict.fromkeys(PHASES, Moment(0, 0)), 0)
 
 ORDER = (
     "first what fits, then what trains all weights, then fewer operations a token (checkpointing repeats the forward), "
-    "more rows at a time, less memory"
+    "more rows at a time, less memory; of what does not fit, less memory first"
 )
 
 
@@ -52,14 +54,10 @@ class Row(NamedTuple):
     @property
     def order(self) -> tuple[Any, ...]:
         """See `ORDER`."""
-        full = self.setup.adapter.id == "none"
-        return (
-            ("yes", "tight", "no").index(self.fits),
-            not full,
-            round(self.work, -3),
-            -self.setup.rows,
-            self.forecast.peak,
-        )
+        last = ("yes", "tight", "no").index(self.fits), self.forecast.peak
+        if self.fits == "no":
+            return last
+        return last[0], self.setup.adapter.id != "none", round(self.work, -3), -self.setup.rows, last[1]
 
     def to_mapping(self) -> dict[str, Any]:
         """Names and bytes, as JSON has them."""
@@ -77,6 +75,7 @@ class Row(NamedTuple):
             "weights": round(f.weights),
             "gradients": round(f.gradients),
             "optimizer_state": round(f.optimizer),
+            "roles": {role: {part: round(size) for part, size in parts.items()} for role, parts in f.roles.items()},
             "moments": {p: {"gradients": round(m.gradients), "rest": round(m.rest)} for p, m in f.moments.items()},
             "overhead": round(f.overhead),
             "assumed": f.assumed,
@@ -102,35 +101,43 @@ class Base:
         return self._traced[rows]
 
 
-def combinations(first: Setup, *, memory: float, batch: int, device: str) -> list[Row]:
-    """Every combination with the number of rows, a power of two up to `batch`, that fits; best first.
+def combinations(first: Setup, *, memory: float, adapters: bool = True) -> list[Row]:
+    """Every combination with the number of rows, those of `first` or halved until it fits; best first.
 
     Args:
-        first: model, objective, estimator and length are taken from it.
-        memory: bytes there are. batch: rows of a step. device: ``cpu`` or ``cuda``.
+        first: model, objective, estimator, length and device are taken from it; so are options of its methods.
+        memory: bytes there are. adapters: with those of the catalogue, too, or only with that of `first`.
+
+    Raises:
+        InputError: none of them is possible.
     """
-    rows = []
-    for adapter in choices("adapter"):
-        groups: dict[torch.dtype, list[Precision]] = {}
-        for precision in PRECISIONS[device]:
-            groups.setdefault(DTYPES[precision], []).append(precision)
-        for alike in groups.values():
-            setup = replace(first, adapter=adapter, precision=alike[0])
+    rows: list[Row] = []
+    refused: InputError | None = None
+    groups: dict[torch.dtype, list[Precision]] = {}
+    for precision in dict.fromkeys((*PRECISIONS[first.device], first.precision)):
+        groups.setdefault(DTYPES[precision], []).append(precision)
+    for adapter, alike in product(choices(first.adapter) if adapters else [first.adapter], groups.values()):
+        setup = replace(first, adapter=adapter, precision=alike[0])
+        try:
             parts = leaves_of(setup)
             for checkpointing in (False, True):
                 setup = replace(setup, options=replace(first.options, checkpointing=checkpointing))
                 base = Base(setup, parts)
                 for precision in alike:
-                    rows += list(_optimizers(replace(setup, precision=precision), base, memory, batch))
+                    rows += list(_optimizers(replace(setup, precision=precision), base, memory))
+        except InputError as error:  # such as a model that cannot checkpoint
+            refused = error
+    if refused is not None and not rows:
+        raise refused
     return sorted(rows, key=lambda row: row.order)
 
 
-def _optimizers(setup: Setup, base: Base, memory: float, batch: int) -> Iterator[Row]:
-    for optimizer in choices("optimizer"):
+def _optimizers(setup: Setup, base: Base, memory: float) -> Iterator[Row]:
+    for optimizer in choices(setup.optimizer):
         here = replace(setup, optimizer=optimizer)
         least = summed(here, base.leaves, base.buffers, NOTHING, "").peak  # what stays
-        for rows in reversed([1 << k for k in range(batch.bit_length())]) if least <= memory else (1,):
-            here = replace(here, rows=rows, several=rows < batch)
+        for rows in halves(setup.rows) if least <= memory else (1,):
+            here = replace(here, rows=rows, several=setup.several or rows < setup.rows)
             found = summed(here, base.leaves, base.buffers, *base.of(rows))
             fits = verdict(found.peak, memory)
             if fits == "yes" or rows == 1:
@@ -138,18 +145,23 @@ def _optimizers(setup: Setup, base: Base, memory: float, batch: int) -> Iterator
                 break
 
 
+def halves(rows: int) -> Iterator[int]:
+    """A number, half of it, and so on to 1."""
+    while rows:
+        yield rows
+        rows //= 2
+
+
 def verdict(peak: float, memory: float) -> str:
     """Does it fit?"""
     return "no" if peak > memory else "tight" if peak > TIGHT * memory else "yes"
 
 
-def choices(kind: str) -> list[Choice]:
-    """The methods of a kind that need no options."""
-    found = []
-    for (k, id), entry in entries().items():
-        if k == kind:
-            try:
+def choices(given: Choice) -> list[Choice]:
+    """The methods of a kind that need no options, and the given one with its own."""
+    found = [given]
+    for (kind, id), entry in entries().items():
+        if kind == given.kind and id != given.id:
+            with suppress(InputError):  # an option has no default
                 found.append(Choice(kind, id, entry.load().Config.from_mapping({}, id)))
-            except InputError:
-                continue  # an option has no default
     return found
