@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...optim.precision import DTYPES, Precision
 from ...recipe import Choice
 from .activations import PHASES, Moment, Traced
-from .forecast import Forecast, Leaf, Setup, leaves_of, summed, trace_or_assume
+from .forecast import Forecast, Leaf, Setup, default, leaves_of, summed, trace_or_assume
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "cpu": ("float32",),
@@ -106,7 +106,7 @@ def combinations(first: Setup, *, memory: float, adapters: bool = True) -> list[
 
     Args:
         first: model, objective, estimator, length and device are taken from it; so are options of its methods.
-        memory: bytes there are. adapters: with those of the catalogue, too, or only with that of `first`.
+        memory: bytes there are. adapters: with those of `beside`, too, or only with that of `first`.
 
     Raises:
         InputError: none of them is possible.
@@ -116,7 +116,7 @@ def combinations(first: Setup, *, memory: float, adapters: bool = True) -> list[
     groups: dict[torch.dtype, list[Precision]] = {}
     for precision in dict.fromkeys((*PRECISIONS[first.device], first.precision)):
         groups.setdefault(DTYPES[precision], []).append(precision)
-    for adapter, alike in product(choices(first.adapter) if adapters else [first.adapter], groups.values()):
+    for adapter, alike in product(beside(first.adapter) if adapters else [first.adapter], groups.values()):
         setup = replace(first, adapter=adapter, precision=alike[0])
         try:
             parts = leaves_of(setup)
@@ -155,6 +155,12 @@ def halves(rows: int) -> Iterator[int]:
 def verdict(peak: float, memory: float) -> str:
     """Does it fit?"""
     return "no" if peak > memory else "tight" if peak > TIGHT * memory else "yes"
+
+
+def beside(given: Choice) -> list[Choice]:
+    """The given adapter, none, and a LoRA, for which the others can be taken: a pass is traced for each, seconds for a
+    large model, and beside the frozen weights they differ by little."""
+    return [given, *(default("adapter", id) for id in ("none", "lora") if id != given.id)]
 
 
 def choices(given: Choice) -> list[Choice]:
