@@ -30,8 +30,8 @@ CARD = Card(
     needs=("the base model, built again by the run's recipe",),
     flops="two forwards of the examples",
     checked="score 0 and AUC 0.5 where nothing was trained; an over-trained tiny model leaks, permuted labels do not. "
-    "A small Llama, 1000 invented people: AUC 0.997 learned by heart; trained privately at ε = 8, "
-    "0.526 [0.500, 0.551] (python benchmarks/membership.py)",
+    "A small Llama, 1000 invented people: AUC 0.999 learned by heart; trained privately at ε = 4, "
+    "0.515 [0.490, 0.540] (python benchmarks/membership.py)",
     evidence=("benchmarks/results/membership.json",),
     tags=("privacy", "membership inference", "audit", "loss ratio", "LoRA", "calibration"),
 )

@@ -28,8 +28,8 @@ CARD = Card(
     reads=("squared",),
     flops="one forward and backward of the examples",
     checked="norms against autograd one example at a time; an over-trained tiny model leaks, permuted labels do not. "
-    "A small Llama, 1000 invented people: AUC 0.998 learned by heart; trained privately at ε = 8, "
-    "0.512 [0.486, 0.537] (python benchmarks/membership.py)",
+    "A small Llama, 1000 invented people: AUC 1.000 learned by heart; trained privately at ε = 4, "
+    "0.508 [0.483, 0.534] (python benchmarks/membership.py)",
     evidence=("benchmarks/results/membership.json",),
     departures="the authors' code gives all examples of a batch one gradient; here each has its own",
     tags=("privacy", "membership inference", "audit", "gradient", "per-example"),
