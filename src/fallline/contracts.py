@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 """Columns by name. Example columns have leading dimension B, in the order of the draw: always `example_id` and
 `weight`. A packed batch also has `segment` [R, L], which example (0 … B−1) each token belongs to, −1 for padding; its
-token columns have shape [R, L, …], and examples lie in row order. Other columns with a meaning: `domain` (stream),
-`group_id` (examples that may not be parted; a group lies together), `position_ids` (restarts at 0 where a document
+token columns have shape [R, L, …], and examples lie in row order. Other columns with a meaning: `side` [R, L] (which of
+the sequences 0, 1, … of its example a token belongs to, −1 for padding), `domain` (stream), `group_id` (examples that
+may not be parted; a group lies together), `position_ids` (restarts at 0 where a document, or a sequence of an example,
 begins). In a packed batch an example column may not begin with the shape of `segment`."""
 
 Signals = dict[str, Tensor]
@@ -140,9 +141,10 @@ class Sampler(Protocol):
 class Objective(Protocol):
     """Scores a batch on the model: an `nn.Module` whose parameters are trained and whose buffers are state.
 
-    May also have `prepare(run, batch) → batch`, `reads` and `observe(run, signals)`. In `forward` the batch carries
-    ``share/TERM`` [B], the derivative of the loss by each value, for kernels that form gradients in the forward. Rows
-    outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`.
+    May also have `prepare(run, batch) → batch`, `reads` and `observe(run, signals)`; and `reference = True`, which asks
+    for `run.reference`, the model as the run began. In `forward` the batch carries ``share/TERM`` [B], the derivative
+    of the loss by each value, for kernels that form gradients in the forward. Rows outside a term's stream have value
+    and count 0. With `couples = "group"` every batch has `group_id`.
     """
 
     couples: ClassVar[Couples]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .noise import rng, seed_forward
 from .problem import Problem, aux
 from .ranks import all_ints, all_rows, all_sum, rank, world
 from .trees import copied
+
+if TYPE_CHECKING:
+    from .reference import Reference
 
 __all__ = ["Clock", "Problem", "Run", "aux", "take_step"]
 
@@ -47,6 +50,7 @@ class Run:
         marks: states to rewind to, by name.
         given: names in the model's state that the recipe gives back and no step changes, such as an adapter's frozen
             base: they are no part of the run's state.
+        reference: the model as the run began, for objectives that compare with it; no part of the state either.
     """
 
     model: nn.Module
@@ -68,6 +72,7 @@ class Run:
     stopped: str = ""
     marks: dict[str, dict[str, Any]] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    reference: Reference | None = None
     _mark: set[str] = field(default_factory=set)
     _rewind: tuple[str, tuple[str, ...]] | None = None
 

@@ -229,3 +229,16 @@ def test_speed_is_that_of_real_passes(monkeypatch: pytest.MonkeyPatch):
     assert 1e7 < found.bytes < 1e13
     told = forecast(here)
     assert found.step(told, 4) - found.step(told, 3) == pytest.approx(told.flops / found.flops)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_a_reference_is_a_second_model_or_the_same_without_its_adapter(adapter: str):
+    recipe = "model: {name: llama, preset: tiny}\ndata: {name: python-docs, length: 32}\nsteps: 2\nbatch: 2"
+    shape = config("llama", 3)
+    plain, compared = (
+        forecast(setup_of(Recipe.parse(recipe, f"adapter={adapter}", f"objective={id}"), shape, "cpu"))
+        for id in ("causal", "dpo")
+    )
+    assert not compared.assumed, "pairs are traced"
+    assert compared.weights == plain.weights * (2 if adapter == "none" else 1)
+    assert compared.gradients == plain.gradients

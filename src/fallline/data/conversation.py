@@ -101,35 +101,36 @@ def parse(line: str, templated: bool) -> Plain | Chat:
         InputError: not a JSON object, not of exactly one form, a field of the wrong type or empty, no assistant message
             to learn or nothing before it. The message does not say where.
     """
-    given = _object(line)
-    fields = {key: value for key, value in given.items() if value is not None}
+    fields = read_fields(line, '{"prompt": …, "completion": …}')
     found = [form for form in FORMS if all(key in fields for key in form)]
     if len(found) != 1:
         raise InputError(_no_form(fields) if not found else _two_forms(found))
     (form,) = found
     own = {key: fields[key] for key in (*form, "tools") if key in fields}
-    try:
-        id = hashlib.sha256(json.dumps(own, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise InputError(f"half a surrogate pair, {error.object[error.start]!r}, is no text; remove it") from None
+    id = hash_of(own)
     if form == ("text",):
-        return Plain(id, None, _text(own, "text"))
+        return Plain(id, None, text_field(own, "text"))
     if form == ("messages",):
-        return _chat(id, [], _messages(own, "messages"), own.get("tools"))
+        return conversation(id, [], messages_field(own, "messages"), own.get("tools"))
     kinds = {type(own[key]) for key in form}
     if kinds == {list}:
-        return _chat(id, _messages(own, "prompt"), _messages(own, "completion"), own.get("tools"))
+        return conversation(id, messages_field(own, "prompt"), messages_field(own, "completion"), own.get("tools"))
     if kinds != {str}:
-        got = " and ".join(_kind(own[key]) for key in form)
+        got = " and ".join(kind_of(own[key]) for key in form)
         raise InputError(f"'prompt' and 'completion' must be two texts or two lists of messages, got {got}")
-    prompt, completion = own["prompt"], _text(own, "completion")
+    prompt, completion = own["prompt"], text_field(own, "completion")
     if not templated:
         return Plain(id, prompt, completion)
     asked, answer = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
-    return _chat(id, [asked], [answer], own.get("tools"))
+    return conversation(id, [asked], [answer], own.get("tools"))
 
 
-def _object(line: str) -> dict[str, Any]:
+def read_fields(line: str, like: str) -> dict[str, Any]:
+    """What is not null of the object in a line; `like`: what one looks like.
+
+    Raises:
+        InputError: it is not JSON, or not an object.
+    """
     try:
         read = json.loads(line)
     except json.JSONDecodeError as error:
@@ -138,8 +139,20 @@ def _object(line: str) -> dict[str, Any]:
     except ValueError:
         raise InputError("not JSON that can be read: it has a number of thousands of digits") from None
     if not isinstance(read, dict):
-        raise InputError(f'{_kind(read)}, must be a JSON object such as {{"prompt": …, "completion": …}}')
-    return read
+        raise InputError(f"{kind_of(read)}, must be a JSON object such as {like}")
+    return {key: value for key, value in read.items() if value is not None}
+
+
+def hash_of(fields: dict[str, Any]) -> str:
+    """A hash of some fields, in hexadecimal.
+
+    Raises:
+        InputError: a text in them is none.
+    """
+    try:
+        return hashlib.sha256(json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise InputError(f"half a surrogate pair, {error.object[error.start]!r}, is no text; remove it") from None
 
 
 def _no_form(fields: dict[str, Any]) -> str:
@@ -147,7 +160,7 @@ def _no_form(fields: dict[str, Any]) -> str:
     spare = [key for key in fields if key not in known]
     near = ((key, difflib.get_close_matches(key, spare, 1)) for form in FORMS for key in form if key not in fields)
     hint = next((f"; did you mean {key!r} by {close[0]!r}?" for key, close in near if close), "")
-    return f"{_keys(fields)}, but an example has {_forms(FORMS, ' or ')}{hint}"
+    return f"{named_keys(fields)}, but an example has {_forms(FORMS, ' or ')}{hint}"
 
 
 def _two_forms(found: Sequence[tuple[str, ...]]) -> str:
@@ -158,49 +171,55 @@ def _forms(forms: Sequence[tuple[str, ...]], join: str) -> str:
     return join.join(" with ".join(map(repr, form)) for form in forms)
 
 
-def _keys(fields: dict[str, Any]) -> str:
+def named_keys(fields: dict[str, Any]) -> str:
+    """Which keys an object has, in words."""
     names = [repr(key if len(key) < 40 else f"{key[:39]}…") for key in fields]
     return f"has {', '.join(names[:6])}{', …' if len(names) > 6 else ''}" if names else "has nothing"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
-def _text(fields: dict[str, Any], key: str) -> str:
+def text_field(fields: dict[str, Any], key: str) -> str:
+    """A field that must be a text with something in it."""
     value = fields[key]
     if not isinstance(value, str):
-        raise InputError(f"{key!r} must be a text, got {_kind(value)}")
+        raise InputError(f"{key!r} must be a text, got {kind_of(value)}")
     if not value.strip():
         raise InputError(f"{key!r} is empty or blank: there is nothing to learn; remove the line")
     return value
 
 
-def _messages(fields: dict[str, Any], key: str) -> list[Message]:
+def messages_field(fields: dict[str, Any], key: str) -> list[Message]:
+    """A field that must be messages."""
     value = fields[key]
     if not isinstance(value, list):
-        raise InputError(f"{key!r} must be a list of messages, got {_kind(value)}")
+        raise InputError(f"{key!r} must be a list of messages, got {kind_of(value)}")
     if not value:
         raise InputError(f"{key!r} is empty: it must have messages with 'role' and 'content'")
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise InputError(
-                f"message {number} of {key!r} must be an object with 'role' and 'content', is {_kind(message)}"
+                f"message {number} of {key!r} must be an object with 'role' and 'content', is {kind_of(message)}"
             )
         if not isinstance(message.get("role"), str) or not message.keys() & {"content", "tool_calls"}:
-            raise InputError(f"message {number} of {key!r} {_keys(message)}; it needs a text 'role', and 'content'")
+            raise InputError(
+                f"message {number} of {key!r} {named_keys(message)}; it needs a text 'role', and 'content'"
+            )
         if not isinstance(message.get("content"), str | list | None):
             raise InputError(
-                f"the 'content' of message {number} of {key!r} is {_kind(message['content'])}, must be text"
+                f"the 'content' of message {number} of {key!r} is {kind_of(message['content'])}, must be text"
             )
     return value
 
 
-def _chat(id: str, given: list[Message], more: list[Message], tools: Any) -> Chat:
+def conversation(id: str, given: list[Message], more: list[Message], tools: Any) -> Chat:
     """A conversation of which the assistant's messages in `more` are learned."""
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError(f"'tools' must be a list of objects, got {_kind(tools)}")
+        raise InputError(f"'tools' must be a list of objects, got {kind_of(tools)}")
     messages = [*given, *more]
     learned = tuple(i for i, m in enumerate(messages) if i >= len(given) and m["role"] == "assistant")
     if not learned:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -37,9 +36,9 @@ from ..errors import InputError
 from ..noise import key
 from ..options import option
 from .conversation import Chat, Marked, Plain, marked, parse, special_tokens, start_tokens, tokenized
-from .dataset import DataOptions, Dataset, check_vocab, padding
+from .dataset import Dataset, check_vocab, padding
 from .documents import Document, contents
-from .files import find_files, read_lines
+from .lines import Line, LineOptions, located, read_examples, some_of
 from .packed import PackedSource, pack_whole
 from .tokenizer import learned_tokenizer
 
@@ -54,51 +53,20 @@ CARD = Card(
 
 _WHAT = "data 'jsonl'"
 _AT_ONCE = 256  # lines tokenized at once
-_NAMED = 5  # lines that a warning names
 
 log = logging.getLogger("fallline")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DataOptions):
+class Config(LineOptions):
     """Where the lines are and how they are read."""
 
-    path: str | tuple[str, ...] = option(
-        help="files, folders (their *.jsonl, recursively) or patterns (** is any depth), one or a list"
-    )
     length: int = option(
         512, "most tokens of an example, and tokens of a packed row", ge=8, source="chosen here: some 350 English words"
     )
-    chat: bool = option(
-        True,
-        "prompt and completion go through the model's chat template as user and assistant, where it has one; "
-        "false keeps them as plain text",
-    )
-    validation: float = option(
-        0.05,
-        "fraction of the examples that is held out",
-        gt=0,
-        lt=1,
-        source="as for documents",
-        used_if=("'validation_path' is null", lambda c: c.validation_path is None),
-    )
-    validation_path: str | tuple[str, ...] | None = option(
-        None, "files to hold out in place of a fraction, named like 'path' and left out of it"
-    )
-
-    def check(self) -> None:
-        for name in ("path", "validation_path"):
-            paths = _listed(getattr(self, name))
-            if "" in paths or (not paths and getattr(self, name) is not None):
-                raise InputError(f"{name!r} must name files, folders or patterns, got {getattr(self, name)!r}")
 
 
-class Line(NamedTuple):
-    """An example, the file and line where it stands, and whether that file is held out."""
-
-    where: str
-    example: Plain | Chat
-    held_out: bool
+Lines = Sequence[Line[Plain | Chat]]
 
 
 class Encoded(NamedTuple):
@@ -174,40 +142,27 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
     return Dataset(train, validation, tokenizer, digest.hexdigest(), summary)
 
 
-def read(config: Config, template: bool) -> Iterator[Line]:
+def read(config: Config, template: bool) -> Iterator[Line[Plain | Chat]]:
     """The examples of all files, in the order of the files and lines; those to hold out last.
 
     Args:
         config: which files, and whether prompts are chats.
         template: whether the tokenizer has a chat template.
     """
-    held_out = list(find_files(_listed(config.validation_path), ("jsonl",), _WHAT))
-    apart = {file.path.resolve() for file in held_out}
-    files = [file for file in find_files(_listed(config.path), ("jsonl",), _WHAT) if file.path.resolve() not in apart]
-    if not files:
-        raise InputError(f"{_WHAT}: 'validation_path' holds out all files of 'path'; nothing is left to train on")
-    for file, apart_from_training in (*((file, False) for file in files), *((file, True) for file in held_out)):
-        blank = True
-        for number, line in read_lines(file.path, _WHAT):
-            if not line.strip():
-                continue
-            where = f"{file.path}:{number}"
-            with _named(where):
-                if blank and line.lstrip().startswith("["):
-                    raise InputError("a JSON array begins; give an object on each line, as jq -c '.[]' would write it")
-                example = parse(line, config.chat and template)
-                if isinstance(example, Chat) and not template:
-                    raise InputError(
-                        "messages need a chat template, and the model has none; take a model with one, or give "
-                        "'prompt' and 'completion' as texts"
-                    )
-            blank = False
-            yield Line(where, example, apart_from_training)
-        if blank and file.itself:
-            raise InputError(f"{_WHAT}: the file {file.path} is empty or blank")
+
+    def example(line: str) -> Plain | Chat:
+        found = parse(line, config.chat and template)
+        if isinstance(found, Chat) and not template:
+            raise InputError(
+                "messages need a chat template, and the model has none; take a model with one, or give 'prompt' and "
+                "'completion' as texts"
+            )
+        return found
+
+    return read_examples(config, _WHAT, example)
 
 
-def encode(lines: Sequence[Line], tokenizer: PreTrainedTokenizerBase, length: int) -> Encoded:
+def encode(lines: Lines, tokenizer: PreTrainedTokenizerBase, length: int) -> Encoded:
     """Lines as tokens, at most `length` of each, or examples of at most so many of a ``text``.
 
     Raises:
@@ -251,27 +206,12 @@ def encode(lines: Sequence[Line], tokenizer: PreTrainedTokenizerBase, length: in
     return Encoded(np.concatenate(tokens), np.concatenate(asked), start, size, line, truncated, left_out, characters)
 
 
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """What goes wrong inside is told with the file and line."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{_WHAT}: {where}: {error}") from None
-    except RecursionError:
-        raise InputError(f"{_WHAT}: {where}: lists and objects within one another to a depth of hundreds") from None
-
-
-def _marked(line: Line, tokenizer: PreTrainedTokenizerBase, specials: Any) -> Marked:
-    with _named(line.where):
+def _marked(line: Line[Plain | Chat], tokenizer: PreTrainedTokenizerBase, specials: Any) -> Marked:
+    with located(_WHAT, line.where):
         return marked(line.example, tokenizer, specials)
 
 
-def _listed(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else paths or ()
-
-
-def _held_out(lines: Sequence[Line], encoded: Encoded, config: Config) -> NDArray[np.bool_]:
+def _held_out(lines: Lines, encoded: Encoded, config: Config) -> NDArray[np.bool_]:
     """[lines], of few at least one that is an example."""
     if config.validation_path is not None:
         return np.array([line.held_out for line in lines])
@@ -279,9 +219,7 @@ def _held_out(lines: Sequence[Line], encoded: Encoded, config: Config) -> NDArra
     return side <= max(config.validation * 2.0**63, side[encoded.line].min())
 
 
-def _packed(
-    lines: Sequence[Line], encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int, unit: str
-) -> PackedSource:
+def _packed(lines: Lines, encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int, unit: str) -> PackedSource:
     chosen = np.flatnonzero(side)
     part = np.arange(len(encoded.line)) - np.searchsorted(encoded.line, encoded.line)  # of a long text
     names = (f"data/order/{lines[encoded.line[i]].example.id}#{part[i]}" for i in chosen)
@@ -297,9 +235,9 @@ def _labels(source: PackedSource) -> int:
     return int((upto[source.start + source.size] - upto[source.start + 1]).sum())
 
 
-def _warn(lines: Sequence[Line], encoded: Encoded, length: int) -> None:
+def _warn(lines: Lines, encoded: Encoded, length: int) -> None:
     told = [
-        f"{len(which)} {what} ({', '.join(lines[i].where for i in which[:_NAMED])}{', …' * (len(which) > _NAMED)})"
+        f"{len(which)} {what} ({some_of(lines, which)})"
         for which, what in (
             (encoded.truncated, "cut at the end"),
             (encoded.left_out, "left out, without any label"),

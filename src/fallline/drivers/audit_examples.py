@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint.reading import TREE
 from ..checkpoint.tree import decode
 from ..contracts import Batch
+from ..data.conversation import Chat, Plain
 from ..data.dataset import padding
-from ..data.jsonl import Config, Line, encode, read
+from ..data.jsonl import Config, encode, read
+from ..data.lines import Line
 from ..data.packed import PackedSource, pack_whole
 from ..errors import InputError
 from ..noise import rng
@@ -165,7 +167,7 @@ def read_examples(
         raise InputError(f"--members and --non-members are both {members}; non-members were not trained on")
     length, chat = recipe.data.options.length, getattr(recipe.data.options, "chat", True)
     template = bool(tokenizer.chat_template)
-    lines: list[Line] = []
+    lines: list[Line[Plain | Chat]] = []
     side_of: list[str] = []
     files: dict[str, dict[str, Any]] = {}
     for side, path in (("members", members), ("non_members", non_members)):

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..adapters.begin import Begin
-from ..adapters.layers import follow, given, inject
+from ..adapters.layers import disabled, follow, given, inject
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
@@ -23,6 +23,7 @@ from ..optim.base import Named
 from ..optim.precision import DTYPES, low_precision, pick_precision
 from ..ranks import world
 from ..recipe import Recipe
+from ..reference import Reference
 from ..step import Run
 from .plan.check import check
 
@@ -98,6 +99,9 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     check_isolation(model)
     model.train()
     objective = recipe.objective.module.build(recipe.objective.options).to(device)
+    reference = None
+    if getattr(objective, "reference", False):  # now: whatever is loaded into the model later is not its beginning
+        reference = Reference(model, content, None if adapter is None else disabled)
     estimator = recipe.estimator.module.build(recipe.estimator.options)
     sampler = recipe.sampler.module.build(
         recipe.sampler.options, dataset.train, rows=settings.batch, seed=settings.seed
@@ -128,6 +132,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         device=device,
         clock=clock,
         given=given(model),
+        reference=reference,
     )
     record = {
         "fallline": __version__,

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..adapters import peft
 from ..errors import StorageError
 from ..generate import generate
 from ..metrics import Metrics, Progress, Trackers, check_trackers, peak_memory, product_rate, token_flops, trackers
-from ..noise import rng
+from ..noise import rng, seed_forward
 from ..recipe import Recipe
 from ..step import Run, take_step
 from .folder import link_latest, link_model, make_folder, open_folder, run_folder
@@ -57,6 +58,8 @@ class Result:
 def evaluate(run: Run, source: Any, rows: int | None) -> float:
     """The validation loss, per counted token: Σ values / Σ counts for each term, added up.
 
+    The objective prepares each batch as in a step, from a run whose source is the validation data.
+
     Args:
         run: gives model, objective and micro-batch size; its weights to evaluate are `optimizer.evaluated()`.
         source: validation data. rows: how many of its rows; None takes all.
@@ -64,11 +67,17 @@ def evaluate(run: Run, source: Any, rows: int | None) -> float:
     value: dict[str, torch.Tensor] = {}
     count: dict[str, torch.Tensor] = {}
     training = run.model.training
+    prepare = getattr(run.objective, "prepare", None)
+    asking = copy(run)
+    asking.source = source
     run.model.eval()
     try:
         with run.clock("eval"), run.optimizer.evaluated():
-            for batch in source.batches(run.micro, rows):
+            for number, batch in enumerate(source.batches(run.micro, rows)):
                 moved = {k: v.to(run.device) for k, v in batch.items()}
+                if prepare is not None:
+                    seed_forward(run.seed, run.step, f"evaluate/{number}", run.device)
+                    moved = prepare(asking, moved)
                 for term, c in run.objective.count(moved).items():
                     count[term] = count.get(term, torch.zeros((), device=run.device)) + c.sum()
                 for term, v in run.objective(run.model, moved).value.items():

@@ -248,6 +248,8 @@ def problem(
         "labels": torch.ones(rows, length, dtype=torch.int64),
         "position_ids": half.expand(rows, length).clone(),
         "segment": place + 2 * torch.arange(rows).unsqueeze(1),
+        "side": (half >= (length + 3) // 4).long().expand(rows, length).clone(),  # each of two sequences, for pairs
+        "reference_logp": torch.zeros(2 * rows, 2, dtype=torch.float64),
         "example_id": torch.arange(2 * rows),
         "weight": torch.ones(2 * rows),
     }

@@ -83,8 +83,8 @@ class Forecast:
 
     Attributes:
         parameters, trained: how many.
-        weights: frozen ones, adapters and buffers too. gradients: of all trained parameters. optimizer: its state, with
-            float32 masters.
+        weights: frozen ones, adapters and buffers too, and the copy that is held of a reference. gradients: of all
+            trained parameters. optimizer: its state, with float32 masters.
         moments: phase → what is held beyond weights and state at its height; ``update`` among them.
         roles: role → weights, gradients and optimizer state.
         flops: floating-point operations of a micro-batch's forward and backward.
@@ -233,6 +233,13 @@ def leaves_of(setup: Setup) -> tuple[Counter[Leaf], int, int | None]:
         return found, sum(b.numel() * b.element_size() for b in model.buffers()), layers
 
 
+def holds_reference(setup: Setup) -> bool:
+    """Will the weights lie in memory a second time, as the model that an objective compares with?"""
+    objective = setup.objective.module.build(setup.objective.options)
+    alone = setup.adapter.module.build(setup.adapter.options) is None  # else both share all weights
+    return alone and getattr(objective, "reference", False)
+
+
 def separable(optimizer: Choice) -> bool:
     """Does an optimizer treat parameters one by one?"""
     params = {"layers.0.weight": (nn.Parameter(torch.zeros(2, 2)), "matrix")}
@@ -244,12 +251,13 @@ def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced, as
     card: Card = setup.optimizer.module.CARD
     options = vars(setup.optimizer.options)
     master = setup.precision == "bfloat16"
+    copies = 1 + holds_reference(setup)
     roles: dict[str, dict[str, float]] = {}
     workspace = traffic = 0.0
     narrow = widest = 0  # elements trained in less than float32, of which float32 copies are made or kept; in one leaf
     for leaf, times in leaves.items():
         parts = roles.setdefault(leaf.role, {"weights": 0, "gradients": 0, "optimizer": 0})
-        parts["weights"] += times * leaf.bytes
+        parts["weights"] += copies * times * leaf.bytes
         if leaf.trained:
             low = leaf.elements * (leaf.bytes < 4 * leaf.elements)
             narrow, widest = narrow + times * low, max(widest, low)
@@ -268,7 +276,7 @@ def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced, as
     return Forecast(
         parameters=sum(times * leaf.elements for leaf, times in leaves.items()),
         trained=sum(times * leaf.elements for leaf, times in leaves.items() if leaf.trained),
-        weights=sum(parts["weights"] for parts in roles.values()) + buffers,
+        weights=sum(parts["weights"] for parts in roles.values()) + copies * buffers,
         gradients=gradients,
         optimizer=sum(parts["optimizer"] for parts in roles.values()),
         moments=moments | {"update": Moment(gradients + workspace, workspace)},

@@ -1,0 +1,73 @@
+"""Random pairs of answers, and a real model that is small enough to ask for everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fallline.data.paired import PairedSource, pack_pairs
+
+WORDS, LENGTH, PAD = 40, 32, 0
+
+Sequence = tuple[list[int], list[int]]  # prompt, answer
+
+
+def llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype)
+    for p in model.parameters():  # so that answers differ much in likelihood
+        p.data *= 3
+    return model
+
+
+def draws(number: int = 7, seed: int = 0) -> list[tuple[Sequence, Sequence]]:
+    """Chosen and rejected to the same prompt, of 1 … 7 tokens each."""
+    g = np.random.default_rng(seed)
+    found = []
+    for _ in range(number):
+        prompt = g.integers(3, WORDS, g.integers(1, 6)).tolist()
+        chosen, rejected = (g.integers(3, WORDS, g.integers(1, 8)).tolist() for _ in range(2))
+        found.append(((prompt, chosen), (prompt, rejected)))
+    return found
+
+
+def source(pairs: list[tuple[Sequence, Sequence]], length: int = LENGTH) -> PairedSource:
+    """These pairs in packed rows; example i is not always pair i, but `order_of` tells."""
+    tokens = [np.array(prompt + answer, np.uint32) for pair in pairs for prompt, answer in pair]
+    asked = [np.arange(len(p) + len(a)) >= len(p) for pair in pairs for p, a in pair]
+    sizes = np.array([len(t) for t in tokens]).reshape(-1, 2)
+    size = sizes.sum(1)
+    start = np.cumsum(size) - size
+    return pack_pairs(
+        np.concatenate(tokens), np.concatenate(asked), start, size, sizes[:, 0], np.arange(len(pairs)), length, PAD
+    )
+
+
+def order_of(found: PairedSource) -> list[int]:
+    """Which pair each example is."""
+    return np.argsort(np.argsort(found.start)).tolist()
+
+
+def logps(model: Any, pairs: list[tuple[Sequence, Sequence]]) -> Tensor:
+    """[B, 2] log p of the answers, each sequence alone, from full logits in float64."""
+
+    def one(prompt: list[int], answer: list[int]) -> Tensor:
+        ids = torch.tensor([prompt + answer])
+        logp = model(ids).logits[0].double().log_softmax(-1)
+        return sum(logp[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+
+    return torch.stack([torch.stack([one(*sequence) for sequence in pair]) for pair in pairs])
+
+
+def batch_of(found: PairedSource, rows: int | None = None) -> dict[str, Tensor]:
+    """All its examples in one batch, in the order of `order_of`."""
+    (batch,) = found.batches(len(found.rows) - 1 if rows is None else rows)
+    return batch
