@@ -26,6 +26,7 @@ from step.toys import Texts
 EACH = [(id, options) for id, row in ROWS.items() for options in row.options]
 each = pytest.mark.parametrize(("id", "options"), EACH, ids=[f"{id}-{i}" for i, (id, _) in enumerate(EACH)])
 methods = pytest.mark.parametrize("id", list(ROWS))
+kinds = pytest.mark.parametrize("id", ["dpo", "cpo", "sppo"])  # one term; one by labels; one a side
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def run(made: Any, found: Any, micro: int, packed: bool = True, **more: Any) -> 
     )  # fmt: skip
 
 
-@methods
+@kinds
 def test_packing_and_accumulation_change_nothing(id: str) -> None:
     found, made = source(draws()), objective(id)
     seen = []
@@ -101,7 +102,7 @@ def test_packing_and_accumulation_change_nothing(id: str) -> None:
             torch.testing.assert_close(other[name], g, rtol=1e-6, atol=1e-9 * g.abs().max().item())
 
 
-@methods
+@kinds
 def test_the_step_is_the_equation_on_full_logits(id: str) -> None:
     drawn = draws()
     found, made = source(drawn), objective(id)
@@ -154,6 +155,14 @@ def test_what_the_losses_are_where_the_model_is_the_reference() -> None:
     at = {id: objective(id).link(pairs(logp, n, logp)) for id in ROWS if objective(id).reference}
     zero = torch.zeros(len(n), dtype=torch.float64)
     torch.testing.assert_close(at["dpo"]["pair"], zero + math.log(2))
+    torch.testing.assert_close(at["dpop"]["pair"], zero + math.log(2))
+    torch.testing.assert_close(at["ipo"]["pair"], zero + 1 / 0.2**2)
+    torch.testing.assert_close(at["sppo"]["chosen"] + at["sppo"]["rejected"], zero + 1 / (2 * 0.01**2))
+    same = n[:, :1].expand(-1, 2)
+    torch.testing.assert_close(
+        objective("rdpo").link(pairs(logp, same, logp * 2))["pair"],
+        objective("dpo").link(pairs(logp, same, logp * 2))["pair"],
+    )
 
 
 def test_swapped_preferences() -> None:
@@ -198,6 +207,6 @@ def test_cards_say_what_the_classes_declare() -> None:
     for id in ROWS:
         card, made = find("objective", id).card, objective(id)
         assert card.couples == made.couples
-        assert made.reference == any("reference" in need for need in card.needs)
+        assert made.reference == any(need.startswith("a reference") for need in card.needs)
         assert "effect not shown" in card.checked
         assert not made.state_dict()
