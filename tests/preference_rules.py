@@ -105,6 +105,12 @@ def dpop(p: P, beta: float = 0.1, weight: float = 50.0) -> Answer:
     return {"pair": softplus(-z)}, beta * sigma(-z) * (1 + weight * fallen), beta * sigma(-z)
 
 
+def kto(p: P, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0, z: float = 0.0) -> Answer:
+    w, l = sigma(beta * (p.w - p.ref_w - z)), sigma(beta * (z - p.l + p.ref_l))  # noqa: E741
+    values = {"chosen": desirable * (1 - w) / 2, "rejected": undesirable * (1 - l) / 2}
+    return values, desirable * beta * w * (1 - w) / 2, undesirable * beta * l * (1 - l) / 2
+
+
 ROWS: dict[str, Row] = {
     "dpo": Row([{}, {"beta": 0.5}, {"label_smoothing": 0.2}], dpo),
     "ipo": Row([{}, {"tau": 0.5}, {"average": False}], ipo),
@@ -115,5 +121,6 @@ ROWS: dict[str, Row] = {
     "sppo": Row([{}, {"beta": 0.5}], sppo),
     "slic": Row([{}, {"delta": 3.0, "anchor": 0.5}], slic),
     "rrhf": Row([{}, {"weight": 3.0}], rrhf),
+    "kto": Row([{}, {"beta": 0.5, "desirable": 2.0, "undesirable": 0.5}], kto),
     "dpop": Row([{}, {"beta": 0.02, "weight": 2.0}], dpop),
 }

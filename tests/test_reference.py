@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fallline.adapters import attach
 from fallline.adapters.layers import disabled
+from fallline.contracts import Draw
 from fallline.folders import cache_dir
 from fallline.models.identity import fingerprint
+from fallline.noise import rng
 from fallline.reference import Reference
 from fallline.sequences import sequence_logps
 from fallline.tokens import plain_head
@@ -122,7 +124,10 @@ def test_padded_rows_and_an_example_without_a_label() -> None:
     got = Reference(model, "padded").logps(batch, 1)
     torch.testing.assert_close(got, sequence_logps(model, batch, 1).detach(), rtol=1e-12, atol=1e-12)
     assert got[1].tolist() == [0.0]
-    assert Reference(model, "none").logps({k: v[:0] for k, v in batch.items()}).shape == (0, 2)
+    found = source(draws(2))
+    nobody = found(Draw(torch.zeros(0).long(), torch.ones(0)), rng(0, 0, "x")) | {"example_id": torch.zeros(0).long()}
+    for none in ({k: v[:0] for k, v in batch.items()}, nobody):
+        assert Reference(model, "none").logps(none).shape == (0, 2)
 
 
 def test_a_folder_that_cannot_be_written_stops_no_run(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

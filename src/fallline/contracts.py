@@ -141,10 +141,11 @@ class Sampler(Protocol):
 class Objective(Protocol):
     """Scores a batch on the model: an `nn.Module` whose parameters are trained and whose buffers are state.
 
-    May also have `prepare(run, batch) → batch`, `reads` and `observe(run, signals)`; and `reference = True`, which asks
-    for `run.reference`, the model as the run began. In `forward` the batch carries ``share/TERM`` [B], the derivative
-    of the loss by each value, for kernels that form gradients in the forward. Rows outside a term's stream have value
-    and count 0. With `couples = "group"` every batch has `group_id`.
+    May also have `prepare(run, batch) → batch`, `reads` and `observe(run, signals)`; `reference = True`, which asks for
+    `run.reference`, the model as the run began; and `columns`, name → shape beyond [B] of the float64 columns that
+    `prepare` adds and `forward` needs, for whoever sizes a forward without preparing. In `forward` the batch carries
+    ``share/TERM`` [B], the derivative of the loss by each value, for kernels that form gradients in the forward. Rows
+    outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`.
     """
 
     couples: ClassVar[Couples]

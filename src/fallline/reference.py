@@ -64,15 +64,8 @@ class Reference:
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
         """The model as it began, for forwards without gradient: dropout is off inside. Nothing of it stays changed."""
-        training = [module for module in self._model.modules() if module.training]
-        try:
-            with torch.no_grad(), self._base(self._model):
-                for module in training:
-                    module.training = False
-                yield self._model
-        finally:
-            for module in training:
-                module.training = True
+        with self._base(self._model), asking(self._model):
+            yield self._model
 
     def logps(self, batch: Mapping[str, Tensor], sequences: int = 2) -> Tensor:
         """log π_ref of the labels of each sequence, see `sequence_logps`. Waits for the device.
@@ -105,6 +98,19 @@ class Reference:
             where, torch.get_num_threads(),
         )  # fmt: skip
         return cache_dir() / "reference" / hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def asking(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is asked without gradient and dropout; afterwards it is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _asked(model: nn.Module, example: Mapping[str, Tensor], sequences: int, device: torch.device) -> list[float]:

@@ -15,6 +15,7 @@ from fallline.contracts import Draw
 from fallline.data.packed import whole_rows
 from fallline.errors import InputError
 from fallline.gradients.per_example import PerExampleNorms
+from fallline.objectives.kto import Z
 from fallline.objectives.margin import REFERENCE, pairs
 from fallline.reference import Reference
 from fallline.step import Run, take_step
@@ -26,7 +27,7 @@ from step.toys import Texts
 EACH = [(id, options) for id, row in ROWS.items() for options in row.options]
 each = pytest.mark.parametrize(("id", "options"), EACH, ids=[f"{id}-{i}" for i, (id, _) in enumerate(EACH)])
 methods = pytest.mark.parametrize("id", list(ROWS))
-kinds = pytest.mark.parametrize("id", ["dpo", "cpo", "sppo"])  # one term; one by labels; one a side
+kinds = pytest.mark.parametrize("id", ["dpo", "cpo", "sppo", "kto"])  # one term; one by labels; one a side; a column
 
 
 @pytest.fixture(autouse=True)
@@ -48,21 +49,29 @@ def values(number: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     return logp, ref, n
 
 
+Z0 = 0.7
+
+
+def columns_of(made: Any, ref: Tensor) -> dict[str, Tensor]:
+    """What `prepare` would add."""
+    known = {REFERENCE: ref, Z: ref.new_full((len(ref),), Z0)}
+    return {name: known[name] for name in made.columns}
+
+
 @each
 def test_value_and_slopes_are_the_equations(id: str, options: dict[str, Any]) -> None:
     made, (logp, ref, n) = objective(id, **options), values()
     logp.requires_grad_()
-    got = made.link(pairs(logp, n, ref if made.reference else None))
+    columns = columns_of(made, ref)
+    got = made.link(pairs(logp, n, columns))
     assert list(got) == list(made.terms)
     (slopes,) = torch.autograd.grad(sum(v.sum() for v in got.values()), logp)
     for b in range(len(n)):
         p = P(*logp[b].tolist(), *ref[b].tolist(), *n[b].tolist())
-        true, d_w, d_l = ROWS[id].rule(p, **options)
+        true, d_w, d_l = ROWS[id].rule(p, **options, **({"z": Z0} if id == "kto" else {}))
         assert {k: v[b].item() for k, v in got.items()} == pytest.approx(true, rel=1e-10, abs=1e-12)
         assert (-slopes[b, 0].item(), slopes[b, 1].item()) == pytest.approx((d_w, d_l), rel=1e-9, abs=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda logp: tuple(made.link(pairs(logp, n, ref if made.reference else None)).values()), logp
-    )
+    assert torch.autograd.gradcheck(lambda logp: tuple(made.link(pairs(logp, n, columns)).values()), logp)
 
 
 class Whole:
@@ -102,6 +111,17 @@ def test_packing_and_accumulation_change_nothing(id: str) -> None:
             torch.testing.assert_close(other[name], g, rtol=1e-6, atol=1e-9 * g.abs().max().item())
 
 
+@torch.no_grad()
+def mismatch(drawn: Any, order: list[int]) -> float:
+    """z₀ of all pairs: the prompt of each, with the answers of the one that is half of them further on."""
+    far = [order[(b + len(order) // 2) % len(order)] for b in range(len(order))]
+    crossed = [tuple((drawn[i][0][0], drawn[j][side][1]) for side in (0, 1)) for i, j in zip(order, far, strict=True)]
+    pi, ref = (logps(llama(seed=seed), crossed) for seed in (0, 1))
+    found = (pi - ref).mean().item()
+    assert found > 0.1, "nothing is cut off"
+    return found
+
+
 @kinds
 def test_the_step_is_the_equation_on_full_logits(id: str) -> None:
     drawn = draws()
@@ -113,7 +133,8 @@ def test_the_step_is_the_equation_on_full_logits(id: str) -> None:
     with torch.no_grad():
         pi, ref = (logps(llama(seed=seed), [drawn[i] for i in order]).tolist() for seed in (0, 1))
     n = [[len(answer) for _, answer in drawn[i]] for i in order]
-    parts = [ROWS[id].rule(P(*pi[b], *ref[b], *n[b]))[0] for b in range(len(n))]
+    more = {"z": mismatch(drawn, order)} if id == "kto" else {}
+    parts = [ROWS[id].rule(P(*pi[b], *ref[b], *n[b]), **more)[0] for b in range(len(n))]
     loss = 0.0
     for term, what in made.terms.items():
         count = len(n) if what == "pairs" else sum(w for w, _ in n)
@@ -130,7 +151,7 @@ def test_a_pair_without_labels_and_an_equal_pair(id: str) -> None:
     drawn[1] = (drawn[1][0], drawn[1][0])
     found = source(drawn)
     model, batch = llama(), batch_of(found)
-    batch[REFERENCE] = logps(llama(seed=1), [drawn[i] for i in order_of(found)]).detach()
+    batch |= columns_of(made, logps(llama(seed=1), [drawn[i] for i in order_of(found)]).detach())
     order = order_of(found)
     empty, equal = order.index(0), order.index(1)
     batch["labels"] = batch["labels"].masked_fill((batch["segment"] == empty) & (batch["side"] == 1), -100)
@@ -152,16 +173,18 @@ def test_a_pair_without_labels_and_an_equal_pair(id: str) -> None:
 
 def test_what_the_losses_are_where_the_model_is_the_reference() -> None:
     logp, _, n = values()
-    at = {id: objective(id).link(pairs(logp, n, logp)) for id in ROWS if objective(id).reference}
+    at = {id: made.link(pairs(logp, n, columns_of(made, logp))) for id in ROWS if (made := objective(id)).reference}
     zero = torch.zeros(len(n), dtype=torch.float64)
     torch.testing.assert_close(at["dpo"]["pair"], zero + math.log(2))
     torch.testing.assert_close(at["dpop"]["pair"], zero + math.log(2))
+    kto = objective("kto").link(pairs(logp, n, {REFERENCE: logp, Z: zero}))
+    torch.testing.assert_close(kto["chosen"] + kto["rejected"], zero + 0.5)
     torch.testing.assert_close(at["ipo"]["pair"], zero + 1 / 0.2**2)
     torch.testing.assert_close(at["sppo"]["chosen"] + at["sppo"]["rejected"], zero + 1 / (2 * 0.01**2))
     same = n[:, :1].expand(-1, 2)
     torch.testing.assert_close(
-        objective("rdpo").link(pairs(logp, same, logp * 2))["pair"],
-        objective("dpo").link(pairs(logp, same, logp * 2))["pair"],
+        objective("rdpo").link(pairs(logp, same, {REFERENCE: logp * 2}))["pair"],
+        objective("dpo").link(pairs(logp, same, {REFERENCE: logp * 2}))["pair"],
     )
 
 
@@ -171,7 +194,7 @@ def test_swapped_preferences() -> None:
     logp.requires_grad_()
     there, back = (
         torch.autograd.grad(
-            objective("dpo").link(pairs(logp[:, order], n[:, order], ref[:, order]))["pair"].sum(), logp
+            objective("dpo").link(pairs(logp[:, order], n[:, order], {REFERENCE: ref[:, order]}))["pair"].sum(), logp
         )[0]
         for order in ([0, 1], [1, 0])
     )
@@ -194,13 +217,27 @@ def test_the_engine_for_single_examples_takes_pairs() -> None:
         torch.testing.assert_close(norms[b], weight * norm, rtol=1e-6, atol=0)  # rotary angles are float32
 
 
+@kinds
+def test_a_step_without_examples(id: str) -> None:
+    here = run(objective(id), source(draws()), 9)
+    nobody = Draw(torch.zeros(0).long(), torch.zeros(0))
+    here.sampler = type("Nobody", (), {"draw": lambda self, step, rng: nobody})()
+    assert take_step(here)["loss"] == 0
+
+
 def test_prepare_leaves_all_as_found_and_refusals() -> None:
     found = source(draws())
-    assert_left_as_found(run(objective("dpo"), found, 9), "objective")
+    for id in ("dpo", "kto"):
+        assert_left_as_found(run(objective(id), found, 9), "objective")
     with pytest.raises(InputError, match=r"no such pairs; use data: {name: preference, path: …}"):
         make(net=llama(), objective=objective("dpo"), source=Texts())
     with pytest.raises(InputError, match="compares with the model as the run began"):
         make(net=llama(), objective=objective("dpo"), source=found)
+    with pytest.raises(InputError, match="one pair only"):
+        run(objective("kto"), source(draws(1)), 9)
+    private = type("Private", (PerExampleNorms,), {"repeatable": False})()
+    with pytest.raises(InputError, match="none can be private by itself"):
+        run(objective("kto"), found, 9, estimator=private)
 
 
 def test_cards_say_what_the_classes_declare() -> None:

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fallline.catalog import find
-from fallline.objectives.margin import REFERENCE
 from fallline.reference import Reference
 from fallline.tokens import IGNORED
-from pairs import PAD, batch_of, draws, llama, source
+from pairs import PAD, batch_of, draws, llama, order_of, source
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32
 
@@ -26,10 +25,14 @@ def ours(id: str, drawn: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
     """The step's loss and gradients, on packed rows."""
     module = find("objective", id).load()
     made = module.build(module.Config.from_mapping(options, id))
-    model, batch = llama(torch.float32), batch_of(source(drawn))
+    found = source(drawn)
+    model, batch = llama(torch.float32), batch_of(found)
     assert (batch["segment"] < 0).any()
-    if made.reference:
-        batch[REFERENCE] = Reference(llama(torch.float32, seed=1), "trl").logps(batch)
+    run: Any = SimpleNamespace(  # what prepare asks of a run
+        model=model, source=found, reference=Reference(llama(torch.float32, seed=1), "trl"), micro=9, seed=0, step=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    batch = made.prepare(run, batch)
     counts = made.count(batch)
     loss = sum(v.sum() / counts[term].sum() for term, v in made(model, batch).value.items())
     loss.backward()
@@ -82,6 +85,30 @@ def dpo(drawn: Any, loss_type: str, beta: float) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [p.grad for p in model.parameters()]
 
 
+def crossed(drawn: Any, found: Any) -> Any:
+    """Each prompt with the answers of the pair half the data set further on, in the order of the examples."""
+    order = order_of(found)
+    far = [order[(b + len(order) // 2) % len(order)] for b in range(len(order))]
+    return [tuple((drawn[i][0][0], answer) for _, answer in drawn[j]) for i, j in zip(order, far, strict=True)]
+
+
+def kto(drawn: Any, beta: float, desirable: float, undesirable: float) -> tuple[Tensor, list[Tensor]]:
+    from trl import KTOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, reference = (llama(torch.float32, seed=seed) for seed in (0, 1))
+    for one in (model, reference):
+        add_fused_lm_head(one, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    trainer = stub(
+        KTOTrainer, model=model.train(), ref_model=reference, loss_type="kto", beta=beta, calculate_KL=True,
+        desirable_weight=desirable, undesirable_weight=undesirable,
+    )  # fmt: skip
+    rows = both(drawn) | {f"KL_{name}": column for name, column in both(crossed(drawn, source(drawn))).items()}
+    loss = trainer._compute_loss(model, rows | {"label": torch.arange(2 * len(drawn)) < len(drawn)}, False)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
 def cpo(drawn: Any, loss_type: str, **attributes: Any) -> tuple[Tensor, list[Tensor]]:
     from trl.experimental.cpo import CPOTrainer
 
@@ -112,6 +139,11 @@ CASES = {
     "dpo": (lambda d: ours("dpo", d, beta=0.3), lambda d: dpo(d, "sigmoid", 0.3), 1.0),
     "ipo": (lambda d: ours("ipo", d, tau=0.3), lambda d: dpo(d, "ipo", 0.3), 1.0),
     "sppo": (lambda d: ours("sppo", d, beta=0.3), lambda d: dpo(d, "sppo_hard", 0.3), 1.0),
+    "kto": (
+        lambda d: ours("kto", d, beta=0.3, desirable=1.5, undesirable=0.7),
+        lambda d: kto(d, beta=0.3, desirable=1.5, undesirable=0.7),
+        1.0,
+    ),
     "cpo": (
         lambda d: ours("cpo", d, beta=0.3, alpha=0.5, label_smoothing=0.1),
         lambda d: cpo(d, "sigmoid", beta=0.3, cpo_alpha=0.5, label_smoothing=0.1),

@@ -231,13 +231,13 @@ def test_speed_is_that_of_real_passes(monkeypatch: pytest.MonkeyPatch):
     assert found.step(told, 4) - found.step(told, 3) == pytest.approx(told.flops / found.flops)
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_a_reference_is_a_second_model_or_the_same_without_its_adapter(adapter: str):
+@pytest.mark.parametrize(("adapter", "objective"), [("none", "dpo"), ("lora", "kto")])
+def test_a_reference_is_a_second_model_or_the_same_without_its_adapter(adapter: str, objective: str):
     recipe = "model: {name: llama, preset: tiny}\ndata: {name: python-docs, length: 32}\nsteps: 2\nbatch: 2"
     shape = config("llama", 3)
     plain, compared = (
         forecast(setup_of(Recipe.parse(recipe, f"adapter={adapter}", f"objective={id}"), shape, "cpu"))
-        for id in ("causal", "dpo")
+        for id in ("causal", objective)
     )
     assert not compared.assumed, "pairs are traced"
     assert compared.weights == plain.weights * (2 if adapter == "none" else 1)

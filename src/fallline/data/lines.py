@@ -26,8 +26,8 @@ class LineOptions(DataOptions):
     )
     chat: bool = option(
         True,
-        "texts to answer and answers go through the model's chat template as user and assistant, where it has one; "
-        "false keeps them as plain text",
+        "prompts and answers that are texts go through the model's chat template as user and assistant, where it has "
+        "one; false keeps them as plain text",
     )
     validation: float = option(
         0.05,

@@ -15,7 +15,8 @@ reference costs is in `fallline.reference`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,6 +43,7 @@ class Pairs:
         logp_w, logp_l: log π of the chosen and the rejected answer.
         n_w, n_l: |y_w| and |y_l|, at least 1.
         ref_w, ref_l: log π_ref; zero where the method has no reference.
+        columns: what else `prepare` added.
     """
 
     logp_w: Tensor
@@ -50,6 +52,7 @@ class Pairs:
     n_l: Tensor
     ref_w: Tensor
     ref_l: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def r_w(self) -> Tensor:
@@ -94,6 +97,11 @@ class Margin(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def columns(self) -> dict[str, tuple[int, ...]]:
+        """Columns [B, …] float64 that `prepare` adds, with their shapes beyond B."""
+        return {REFERENCE: (2,)} if self.reference else {}
+
     def link(self, p: Pairs) -> dict[str, Tensor]:
         """term → [B], each pair's part, coefficient included."""
         raise NotImplementedError
@@ -132,7 +140,7 @@ class Margin(nn.Module):
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         n = sequence_counts(batch)
         whole = (n > 0).all(1)
-        p = pairs(sequence_logps(model, batch), n, batch[REFERENCE] if self.reference else None)
+        p = pairs(sequence_logps(model, batch), n, {name: batch[name] for name in self.columns})
         value = {term: torch.where(whole, v, 0) for term, v in self.link(p).items()}
         share = next(
             (batch[f"share/{t}"] for t, what in self.terms.items() if what == "pairs" and f"share/{t}" in batch), None
@@ -155,13 +163,14 @@ class Margin(nn.Module):
         return {name: (share * row).sum() for name, row in rows.items()}
 
 
-def pairs(logp: Tensor, n: Tensor, reference: Tensor | None) -> Pairs:
+def pairs(logp: Tensor, n: Tensor, columns: Mapping[str, Tensor]) -> Pairs:
     """What a link sees. A pair with an answer without a label gets values at which every link has a finite slope.
 
     Args:
-        logp: [B, 2]. n: [B, 2] int64. reference: [B, 2], or None.
+        logp: [B, 2]. n: [B, 2] int64. columns: what `prepare` added, by name.
     """
     whole = (n > 0).all(1, keepdim=True)
     logp = torch.where(whole, logp, -1.0)
-    ref = torch.zeros_like(logp) if reference is None else torch.where(whole, reference.to(logp), -1.0)
-    return Pairs(*logp.unbind(1), *n.clamp(min=1).to(logp).unbind(1), *ref.detach().unbind(1))
+    ref = torch.where(whole, columns[REFERENCE], -1.0) if REFERENCE in columns else torch.zeros_like(logp)
+    n = n.clamp(min=1)
+    return Pairs(logp[:, 0], logp[:, 1], n[:, 0].to(logp), n[:, 1].to(logp), ref[:, 0], ref[:, 1], columns)

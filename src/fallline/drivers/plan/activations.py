@@ -249,11 +249,12 @@ def problem(
         "position_ids": half.expand(rows, length).clone(),
         "segment": place + 2 * torch.arange(rows).unsqueeze(1),
         "side": (half >= (length + 3) // 4).long().expand(rows, length).clone(),  # each of two sequences, for pairs
-        "reference_logp": torch.zeros(2 * rows, 2, dtype=torch.float64),
         "example_id": torch.arange(2 * rows),
         "weight": torch.ones(2 * rows),
     }
     batch["labels"][:, -1] = IGNORED
+    for name, shape in getattr(objective, "columns", {}).items():
+        batch[name] = torch.zeros(2 * rows, *shape, dtype=torch.float64)
     batch = {name: column.to(device) for name, column in batch.items()}
     run: Any = SimpleNamespace(  # what a problem asks of a run
         model=model, objective=objective, estimator=None, optimizer=None, parts={}, coefficients={}, clip=None,
