@@ -28,7 +28,6 @@ LOOSE = 2.5
 SLACK = 4
 """How far below the memory at hand a rough bound must be for the forecast to be spared, which takes two seconds."""
 
-
 GROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 """Where a container sees the limit of its memory: control groups of version 2, and 1."""
 
@@ -115,7 +114,7 @@ def bound(setup: Setup) -> float:
     """More bytes than a run of ordinary architecture takes, by arithmetic alone; infinite for any other."""
     text = setup.shape.get_text_config()
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    sizes = [getattr(text, name, None) for name in names]
+    sizes: list[Any] = [getattr(text, name, None) for name in names]
     sizes.append(getattr(text, "intermediate_size", None) or 4 * (sizes[1] or 0))
     experts = any("expert" in name and not name.startswith("_") for name in vars(text))
     if experts or not all(isinstance(number, int) for number in sizes):
@@ -134,8 +133,10 @@ def at_hand(device: torch.device) -> float | None:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
         return float(torch.cuda.mem_get_info(device)[0] + kept)
+    if device.type != "cpu":
+        return None
     table = Path("/proc/meminfo")
-    rows = table.read_text().splitlines() if device.type == "cpu" and table.is_file() else []
+    rows = table.read_text().splitlines() if table.is_file() else []
     found = [1024.0 * int(row.split()[1]) for row in rows if row.startswith("MemAvailable:")]
     return min([*found, *(left for group in GROUPS if (left := left_in(group)) is not None)], default=None)
 

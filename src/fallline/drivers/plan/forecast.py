@@ -218,7 +218,7 @@ def leaves_of(setup: Setup) -> tuple[Counter[Leaf], int, int | None]:
             model = skeleton(setup.shape, DTYPES[setup.precision], setup.options)
         except InputError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # whatever its code says to tensors without values
             kind, reason = setup.shape.model_type, str(error).split("\n")[0]
             raise InputError(f"a {kind!r} model cannot be made of shapes alone: {reason}") from error
         layers = alike(model)
