@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def parameters(dtype: torch.dtype = torch.float64) -> Parameters:
 
 def gradient(step: int, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
     """This step's gradient: its scale swings by 10⁴ over steps, and one row of a matrix is zero now and then."""
+    return _gradient(step, name, shape, dtype).clone()
+
+
+@cache  # every row of the table is given the same
+def _gradient(step: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     g = torch.randn(shape, generator=rng(1, step, name), dtype=torch.float64) * 10.0 ** (-2 * (step % 3))
     if len(shape) > 1 and shape[0] > 1:
         g[step % shape[0]] = 0

@@ -21,7 +21,9 @@ from .rows import Row
 from .table import ROWS
 
 each = pytest.mark.parametrize("row", ROWS, ids=str)
-CHAINS = [row for row in ROWS if isinstance(make(row.id, parameters(), row.options), ChainOptimizer)]
+MADE = [(row, make(row.id, parameters(), row.options)) for row in ROWS]
+CHAINS = [row for row, made in MADE if isinstance(made, ChainOptimizer)]
+FAST = [row for row, made in MADE if any(rule.fused for rule in getattr(made, "rules", {}).values())]
 
 
 def test_every_optimizer_has_a_row():
@@ -29,65 +31,75 @@ def test_every_optimizer_has_a_row():
 
 
 @each
-@pytest.mark.parametrize("plain", [False, True], ids=["", "plain"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
-def test_equation(row: Row, dtype: torch.dtype, tolerance: float, plain: bool):
-    """Fifty steps with a changing rate; `plain` without fast paths, where there are any."""
-    params = parameters(dtype)
-    optimizer = make(row.id, params, row.options)
-    optimizer.plain = plain
-    peaks = [group["lr"] for group in optimizer.param_groups]
+def test_equation(row: Row, dtype: torch.dtype, tolerance: float):
+    """Fifty steps with a changing rate; with fast paths and, where there are any, without."""
+    ways = {"fast": False} | ({"plain": True} if row in FAST else {})
+    found = {way: parameters(dtype) for way in ways}
+    optimizers = {way: make(row.id, params, row.options) for way, params in found.items()}
+    for way, plain in ways.items():
+        optimizers[way].plain = plain
+    peaks = [group["lr"] for group in optimizers["fast"].param_groups]
     config = find("optimizer", row.id).load().Config(**row.options)
-    expected = {name: p.detach().double().numpy().copy() for name, (p, _) in params.items()}
-    memory: dict[str, dict[str, Any]] = {name: {"name": name} for name in params}
+    expected = {name: p.detach().double().numpy().copy() for name, (p, _) in parameters(dtype).items()}
+    memory: dict[str, dict[str, Any]] = {name: {"name": name} for name in SHAPES}
     for step in range(50):
         factor = 1 / (1 + step % 7)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        train(optimizer, params, step, step + 1)
-        for name, (p, role) in params.items():
-            G = gradient(step, name, tuple(p.shape), dtype).double().numpy()
+        for way, optimizer in optimizers.items():
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            train(optimizer, found[way], step, step + 1)
+        for name, (role, shape) in SHAPES.items():
+            G = gradient(step, name, shape, dtype).double().numpy()
             lr = row.options["lr"] * factor
             expected[name] = row.reference(role, expected[name], G, memory[name], step + 1, lr, config)
-    for name, (p, _) in params.items():
-        np.testing.assert_allclose(p.detach().numpy(), expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    for way, params in found.items():
+        for name, (p, _) in params.items():
+            error = f"{name}, {way}"
+            np.testing.assert_allclose(
+                p.detach().numpy(), expected[name], rtol=tolerance, atol=tolerance, err_msg=error
+            )
 
 
-@pytest.mark.parametrize("row", CHAINS, ids=str)
+@pytest.mark.parametrize("row", FAST, ids=str)
 @pytest.mark.parametrize("rate", [float, torch.tensor], ids=["float", "tensor"])
 def test_fast_path_equals_plain_path(row: Row, rate: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch):
     """In one block and in many, whatever the layout in memory."""
+
+    def after(plain: bool) -> dict[str, Tensor]:
+        params = {name: (strided(p), role) for name, (p, role) in parameters(torch.float32).items()}
+        optimizer = make(row.id, params, row.options)
+        optimizer.plain = plain
+        for group in optimizer.param_groups:
+            group["lr"] = rate(group["lr"])
+        train(optimizer, params, 0, 6)
+        return values(params)
+
+    expected = after(plain=True)
     for block in (1 << 22, 40):
         monkeypatch.setattr(row_norm, "BLOCK", block)
-        found = []
-        for plain in (False, True):
-            params = {name: (strided(p), role) for name, (p, role) in parameters(torch.float32).items()}
-            optimizer = make(row.id, params, row.options)
-            optimizer.plain = plain
-            for group in optimizer.param_groups:
-                group["lr"] = rate(group["lr"])
-            train(optimizer, params, 0, 6)
-            found.append(values(params))
+        found = after(plain=False)
         for name in SHAPES:
-            torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
 @each
-@pytest.mark.parametrize(("odd_p", "odd_g"), [(True, False), (False, True), (True, True)])
-def test_layout_in_memory_does_not_matter(row: Row, odd_p: bool, odd_g: bool):
+def test_layout_in_memory_does_not_matter(row: Row):
+    """Of parameters, of gradients, and of both."""
     plain = parameters(torch.float32)
     train(make(row.id, plain, row.options), plain, 0, 6)
-    params = {name: (strided(p) if odd_p else p, role) for name, (p, role) in parameters(torch.float32).items()}
-    optimizer = make(row.id, params, row.options)
-    for step in range(6):
-        for name, (p, _) in params.items():
-            g = gradient(step, name, tuple(p.shape), p.dtype)
-            p.grad = strided(g).detach() if odd_g else g
-        optimizer.step()
-        if step == 2:
-            optimizer.load_state_dict(through_disk(optimizer.state_dict()))
-    for name in SHAPES:
-        torch.testing.assert_close(params[name][0], plain[name][0], rtol=1e-6, atol=1e-6)
+    for odd_p, odd_g in ((True, False), (False, True), (True, True)):
+        params = {name: (strided(p) if odd_p else p, role) for name, (p, role) in parameters(torch.float32).items()}
+        optimizer = make(row.id, params, row.options)
+        for step in range(6):
+            for name, (p, _) in params.items():
+                g = gradient(step, name, tuple(p.shape), p.dtype)
+                p.grad = strided(g).detach() if odd_g else g
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+        for name in SHAPES:
+            torch.testing.assert_close(params[name][0], plain[name][0], rtol=1e-6, atol=1e-6)
 
 
 def strided(x: Tensor) -> nn.Parameter:
@@ -115,22 +127,21 @@ def test_accumulated_gradients_are_gradients(row: Row):
 
 
 @each
-@pytest.mark.parametrize("stops", [(1, 2), (3, 8), (9, 10)], ids=str)
-def test_resumed_twice_is_bit_equal(row: Row, stops: tuple[int, int]):
+def test_resumed_twice_is_bit_equal(row: Row):
     straight = parameters(torch.float32)
     whole = make(row.id, straight, row.options)
     train(whole, straight, 0, 12)
-
-    params, saved, start = parameters(torch.float32), None, 0
-    for stop in (*stops, 12):
-        params = {name: (nn.Parameter(p.detach().clone()), role) for name, (p, role) in params.items()}
-        optimizer = make(row.id, params, row.options)
-        if saved is not None:
-            optimizer.load_state_dict(through_disk(saved))
-        train(optimizer, params, start, stop)
-        start, saved = stop, optimizer.state_dict()
-    assert equal(values(params), values(straight))
-    assert equal(tensors(saved), tensors(whole.state_dict()))
+    for stops in ((1, 2), (3, 8), (9, 10)):
+        params, saved, start = parameters(torch.float32), None, 0
+        for stop in (*stops, 12):
+            params = {name: (nn.Parameter(p.detach().clone()), role) for name, (p, role) in params.items()}
+            optimizer = make(row.id, params, row.options)
+            if saved is not None:
+                optimizer.load_state_dict(through_disk(saved))
+            train(optimizer, params, start, stop)
+            start, saved = stop, optimizer.state_dict()
+        assert equal(values(params), values(straight)), stops
+        assert equal(tensors(saved), tensors(whole.state_dict())), stops
 
 
 @each
@@ -172,16 +183,17 @@ def test_order_of_parameters_does_not_matter(row: Row):
 
 @each
 def test_without_gradient_nothing_happens(row: Row):
+    all_ = parameters(torch.float32)
+    train(make(row.id, all_, row.options), all_, 0, 3)
+    theirs = values(all_)
     for name in SHAPES:
-        params, all_ = parameters(torch.float32), parameters(torch.float32)
+        params = parameters(torch.float32)
         optimizer = make(row.id, params, row.options)
         train(optimizer, params, 0, 3, without=(name,))
         assert torch.equal(params[name][0], parameters(torch.float32)[name][0])
         assert name not in optimizer.state_dict()["state"]
-        other = make(row.id, all_, row.options)
-        train(other, all_, 0, 3)
-        mine, theirs = values(params), values(all_)
         if optimizer.separable:
+            mine = values(params)
             assert equal({k: v for k, v in mine.items() if k != name}, {k: v for k, v in theirs.items() if k != name})
 
 
