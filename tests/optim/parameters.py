@@ -36,9 +36,13 @@ Parameters = dict[str, tuple[nn.Parameter, Role]]
 def parameters(dtype: torch.dtype = torch.float64) -> Parameters:
     """Fresh parameters, always of the same values."""
     return {
-        name: (nn.Parameter(torch.randn(shape, generator=rng(0, 0, name), dtype=torch.float64).to(dtype)), role)
-        for name, (role, shape) in SHAPES.items()
+        name: (nn.Parameter(_first(name, shape).to(dtype, copy=True)), role) for name, (role, shape) in SHAPES.items()
     }
+
+
+@cache
+def _first(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=rng(0, 0, name), dtype=torch.float64)
 
 
 def gradient(step: int, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -315,15 +317,20 @@ def test_no_update_waits_for_the_gpu(row: Row, plain: bool):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@each
-def test_a_tiny_llama_learns(row: Row):
+@cache
+def tiny_llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=48, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+@each
+def test_a_tiny_llama_learns(row: Row):
+    model = deepcopy(tiny_llama())
     tokens = torch.randint(0, 48, (4, 17), generator=torch.Generator().manual_seed(1))
     options = find("optimizer", row.id).load().Config.__dataclass_fields__
     required = {name: row.options[name] for name, f in options.items() if f.default is dataclasses.MISSING}
