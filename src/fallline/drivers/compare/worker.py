@@ -1,8 +1,8 @@
 """Processes of a comparison: each run is trained in one of its own.
 
 `python -m fallline.drivers.compare.worker` imports everything once and forks a child per run, so that a run starts in
-milliseconds; nothing is computed before the fork. Jobs come as JSON lines on its input; for each it answers
-``{"pid": …}`` and then ``{"code": …}``, negative for the signal that ended the child.
+milliseconds; nothing is computed before the fork but hashes of code. Jobs come as JSON lines on its input; for each it
+answers ``{"pid": …}`` and then ``{"code": …}``, negative for the signal that ended the child.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,13 @@ def wait_for(out: Path, seconds: float = 60.0) -> None:
 def method_sources(recipe: Recipe) -> dict[str, str]:
     """The files of the methods that a recipe picks, with the hash of their code."""
     chosen = ((kind, getattr(recipe, kind).id) for kind in WORDS)
-    return {path: code for kind, id in chosen for path, code in find(kind, id).sources().items()}
+    return {path: code for kind, id in chosen for path, code in sources_of(kind, id).items()}
+
+
+@cache
+def sources_of(kind: str, id: str) -> dict[str, str]:
+    """Those of one method; hashed once, as the code is imported once."""
+    return find(kind, id).sources()
 
 
 def fill_caches(job: Mapping[str, Any]) -> int:
@@ -129,6 +137,8 @@ def serve() -> None:
     import_module(MODELLING)
     for line in sys.stdin:
         job = json.loads(line)
+        with suppress(Exception):  # what is wrong the child will tell
+            method_sources(Recipe.parse(job["recipe"], name=job["name"]))  # imports its methods, for all runs to come
         pid = os.fork()
         if pid == 0:
             log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
