@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from fallline.catalog import find
-from fallline.drivers.compare import compare, measuring, rebuild, work
+from fallline.drivers.compare import Comparison, compare, measuring, rebuild, work
 from fallline.drivers.compare.run import ask
+from fallline.drivers.compare.server import Server
 from fallline.drivers.compare.study import finals_of, read_study
 from fallline.drivers.train import train
 from fallline.errors import InputError
@@ -27,14 +28,24 @@ from fallline.recipe import Recipe
 from launcher import Launcher
 
 OVER = ("optimizer=adamw,sgd",)
+TUNE = "optimizer.lr=1e-2:1e-1"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_turns() -> Iterator[None]:
-    """Nobody looks at these times."""
+def quick() -> Iterator[None]:
+    """Short turns, whose times nobody looks at; servers, which remember nothing, for one comparison after another."""
+    free: list[Server] = []
+
+    class Kept(Server):
+        def close(self) -> None:
+            free.append(self)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SECONDS", 0.01)
+        patch.setattr(work, "Server", lambda: free.pop() if free else Kept())
         yield
+    for server in free:
+        Server.close(server)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +70,26 @@ checkpoint: {{every: 4}}
 def study(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> tuple[Path, dict[str, Any]]:
     """A tuned comparison of two optimizers on two seeds, which nobody disturbed."""
     out = tmp_path_factory.mktemp("study") / "whole"
-    found = compare(recipe, over=OVER, seeds=2, tune="optimizer.lr=1e-3:1e-1", out=out, progress=None)
+    found = compare(recipe, over=OVER, seeds=2, tune=TUNE, out=out, progress=None)
     assert found.signal is None
+    shutil.copytree(out, out.with_name("measured"), ignore=shutil.ignore_patterns("runs"))
     return out, found.report
+
+
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Comparison:
+    """A comparison whose first choice diverges."""
+    over = ("optimizer={name: sgd, lr: 1e30},adamw",)
+    return compare(recipe, over=over, seeds=2, out=tmp_path_factory.mktemp("untuned"), progress=None)
+
+
+def measured(study: tuple[Path, dict[str, Any]], folder: Path) -> Path:
+    """The same comparison as it was after measuring, in `folder`."""
+    shutil.copytree(study[0].with_name("measured"), folder)
+    for path in (folder / "measured").glob("*.json"):  # a time that was void would be taken again, and may
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(found | {"time": found["time"] | {"void": False}}))
+    return folder
 
 
 def choices(report: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +111,7 @@ def test_every_choice_is_tuned_alike_and_judged_on_other_seeds(study: tuple[Path
         trials = [r for r in choice["runs"] if r["kind"] == "trial"]
         assert choice["status"] == "done"
         assert {r["seed"] for r in trials} == {0}
-        assert {1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1} <= {r["value"] for r in trials}
+        assert {1e-2, 3.16e-2, 1e-1} <= {r["value"] for r in trials}
         assert choice["tuned"]["value"] == min((r["loss"], r["value"]) for r in trials if r["status"] == "done")[1]
     assert {*finals(report)["adamw"]} == {*finals(report)["sgd"]} == {1, 2}
     assert report["tune"]["rule"]
@@ -151,7 +179,7 @@ def test_nothing_is_run_twice_and_choices_and_seeds_can_be_added(
         recipe,
         over=("optimizer=adamw,sgd,scale",),
         seeds=3,
-        tune="optimizer.lr=1e-3:1e-1",
+        tune=TUNE,
         out=folder,
         resume=True,
         progress=None,
@@ -168,7 +196,7 @@ def test_nothing_is_run_twice_and_choices_and_seeds_can_be_added(
         ({"over": ("optimizer=adamw,scale",)}, "'sgd'"),
         ({"equal": "time"}, "equal"),
     ):
-        asked: dict[str, Any] = {"over": ("optimizer=adamw,sgd,scale",), "seeds": 3, "tune": "optimizer.lr=1e-3:1e-1"}
+        asked: dict[str, Any] = {"over": ("optimizer=adamw,sgd,scale",), "seeds": 3, "tune": TUNE}
         with pytest.raises(InputError, match=message):
             compare(recipe, **(asked | change), out=folder, resume=True, progress=None)
     with pytest.raises(InputError, match="steps was 9, is 10"):
@@ -188,12 +216,12 @@ def test_nothing_is_run_twice_and_choices_and_seeds_can_be_added(
     ],
 )
 def test_an_interrupted_comparison_resumes_to_the_same_end(
-    number: signal.Signals, study: tuple[Path, dict[str, Any]], recipe: Path, tmp_path: Path, fallline: Launcher
+    number: signal.Signals, study: tuple[Path, dict[str, Any]], tmp_path: Path, fallline: Launcher
 ):
     _, report = study
-    out = tmp_path / "cut"
-    command = ("compare", str(recipe), "--over", *OVER, "--seeds", "2", "--tune", "optimizer.lr=1e-3:1e-1")
-    ended = fallline(*command, "--out", str(out), signal_when=(number, out / "runs" / "sgd" / "seed-1" / "run.json"))
+    out = measured(study, tmp_path / "cut")
+    command = ("compare", str(out), "--resume")
+    ended = fallline(*command, signal_when=(number, out / "runs" / "sgd" / "seed-1" / "run.json"))
     if number == signal.SIGTERM:
         assert "did not finish." in ended.output  # sgd, or one of its seeds: the first may just have got through
         assert "failed" not in ended.output
@@ -209,16 +237,14 @@ def test_an_interrupted_comparison_resumes_to_the_same_end(
     assert finals(again.report) == {name: expected[name] for name in ("adamw", "sgd")}
 
 
-def test_a_choice_that_fails_is_told_and_the_rest_kept(recipe: Path, tmp_path: Path):
-    over = ["optimizer={name: sgd, lr: 1e30},adamw"]
-    found = compare(recipe, over=over, seeds=2, out=tmp_path / "out", progress=None)
-    by = choices(found.report)
+def test_a_choice_that_fails_is_told_and_the_rest_kept(untuned: Comparison):
+    by = choices(untuned.report)
     failed = by["sgd lr=1e30"]
     assert failed["status"] == "failed"
     assert "loss is nan" in failed["error"]
     assert by["adamw"]["status"] == "done"
-    assert found.report["baseline"] == "adamw"
-    assert "sgd lr=1e30 failed" in " ".join(found.report["analysis"]["summary"]["answer"])
+    assert untuned.report["baseline"] == "adamw"
+    assert "sgd lr=1e30 failed" in " ".join(untuned.report["analysis"]["summary"]["answer"])
 
 
 @pytest.mark.slow
@@ -238,12 +264,15 @@ def test_a_full_disk_loses_nothing(recipe: Path, study: tuple[Path, dict[str, An
     assert {c["status"] for c in again.report["choices"]} == {"done"}
 
 
-def test_room_is_looked_for_before_the_first_step(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_room_is_looked_for_before_the_first_step(
+    study: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    out = measured(study, tmp_path / "out")
     with pytest.raises(InputError, match="1 MiB are free"):
-        compare(recipe, over=OVER, out=tmp_path / "out", progress=None)
-    assert not (tmp_path / "out" / "runs").exists()
+        compare(out, resume=True, progress=None)
+    assert not (out / "runs").exists()
 
 
 def test_runs_at_a_time_must_fit_together(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -267,7 +296,7 @@ def test_runs_at_a_time_must_fit_together(recipe: Path, tmp_path: Path, monkeypa
     check(3)
 
 
-def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], recipe: Path, tmp_path: Path):
+def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], untuned: Comparison, tmp_path: Path):
     folder, _ = study
     again = rebuild([folder])
     assert again.out == folder
@@ -280,10 +309,9 @@ def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], reci
     }
     assert choices(runs.report)["sgd"]["time"]["interleaved"] is False
     assert runs.report["analysis"]["choices"][1]["difference"] is not None
-    other = compare(recipe, over=("optimizer=adamw,{name: sgd, lr: 0.2}",), seeds=2, out=tmp_path / "b", progress=None)
-    both = rebuild([folder, other.out / "report.json"], tmp_path / "c")
-    assert {"adamw", "sgd", "adamw (2)", "sgd lr=0.2"} <= {*finals(both.report)}
-    assert choices(both.report)["sgd lr=0.2"]["time"]["ratio"] is None
+    both = rebuild([folder, untuned.out / "report.json"], tmp_path / "c")
+    assert {"adamw", "sgd", "adamw (2)"} <= {*finals(both.report)}
+    assert choices(both.report)["adamw (2)"]["time"]["ratio"] is None
     assert any("put together" in note.lower() for note in both.report["notes"])
     said = " ".join(s for part in both.report["analysis"]["summary"].values() for s in part)
     assert "tuned differently" in said
