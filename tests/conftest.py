@@ -13,9 +13,12 @@ from launcher import Launcher
 
 # Before torch is imported, and for every child: tests that start several processes would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # nor do the few with several threads wait by spinning
 
 # One server forks the children of all tests; it starts with the first and imports this once.
-multiprocessing.set_forkserver_preload(["transformers.models.llama.modeling_llama", "killed_run", "step.two_ranks"])
+multiprocessing.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "launched", "killed_run", "step.two_ranks"]
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,10 +42,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fallline(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.close()
+def fallline(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("launcher"))
 
 
 @pytest.fixture(scope="session")
