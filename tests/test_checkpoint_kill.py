@@ -82,16 +82,17 @@ def test_killed_in_the_first_save_leaves_nothing_to_load(whole: Path, tmp_path: 
 
 
 def test_killed_at_random_times(whole: Path, tmp_path: Path) -> None:
+    """Once anywhere and once a moment after a save was seen, so that most of these are inside it."""
     chance = random.Random(5)
     inside = 0
     for attempt in range(30):
         folder = tmp_path / str(attempt)
-        for _ in range(2):
+        for seen, moment in ((1, 0.1), (2, 0.005)):
             place = number()
             child = start(train, folder, None, place)
-            while child.is_alive() and not place.value:
-                time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.1))
+            while child.is_alive() and place.value < seen:
+                time.sleep(0.0005)
+            time.sleep(chance.uniform(0, moment))
             child.kill()
             inside += killed(child) and place.value == 2
         assert not killed(trains(folder))
