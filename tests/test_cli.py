@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+import fallline
 from fallline import __version__
 from fallline.cli.main import main
 from fallline.recipe import Recipe
@@ -29,8 +30,9 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import fallline, sys; assert 'torch' not in sys.modules; assert callable(fallline.train)"
+    code = "import fallline, sys; assert 'torch' not in sys.modules; assert 'train' in fallline.__all__"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(callable(getattr(fallline, name)) for name in fallline.__all__ if name != "__version__")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,7 @@ def builder(words: dict[str, Any], **parts: Callable[[], Any]) -> Callable[[], R
 def test_resuming_twice_is_bit_identical(words: dict[str, Any], grow: bool) -> None:
     build = builder(words, probe=Probe, **({"grow": lambda: Grow(5)} if grow else {}))
     state, signals = straight(build, 12)
-    for pieces in ([3, 4, 5], [5, 1, 6]):  # also a stop right before the growth, and right after it
+    for pieces in ([3, 4, 5], [5, 1, 6]) if grow else ([3, 4, 5],):  # right before the growth, and right after it
         again, others = in_pieces(build, pieces)
         assert equal(again, state)
         assert equal(others, signals)
