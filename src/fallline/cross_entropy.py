@@ -356,7 +356,7 @@ def _sweep(
     logits = hidden.new_empty(
         0 if room is not None else max((piece.tokens.stop - piece.tokens.start for piece in chunks), default=0), words
     )
-    at_once = WORDS_AT_ONCE if on_cpu(hidden) else words
+    at_once = WORDS_AT_ONCE if on_cpu(hidden) and not _PLANNED.get() else words  # shapes are not faster in parts
     loss, slope = rule or nll, visit is not None or any(needs)
     for piece in chunks:
         rows = piece.tokens

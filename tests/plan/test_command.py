@@ -34,6 +34,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str]):
     assert "Order: " in out
 
 
+def test_the_models_own_parameters_are_told(capsys: pytest.CaptureFixture[str]):
+    """Also where the first line has an adapter."""
+    assert main(["plan", "tiny", "--memory", "55MiB", "--length", "32", "--batch", "1"]) == 0
+    told, _, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert first.split()[2] == "lora"
+    assert told.startswith("tiny: 8,995,968 parameters")
+
+
 def test_json_has_every_byte(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "tiny", "--memory", "1GB", "--length", "32", "--batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -120,7 +128,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_what_could(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    recipe = Recipe.parse(TINY + f"batch: 16\nout: {tmp_path / 'run'}", "data.length=128")
+    recipe = Recipe.parse(TINY + f"batch: 8\nout: {tmp_path / 'run'}", "data.length=256")
     scarce(monkeypatch, 25e6)
     with pytest.raises(
         InputError, match=r"needs about .* are free; these would fit: .*micro=[1-9].*checkpointing=true"

@@ -107,10 +107,10 @@ def shortened(rows: Sequence[Rated]) -> list[Rated]:
 def table(model: str, rows: Sequence[Rated], memory: float, number: int) -> list[str]:
     """Lines of text."""
     first, rate = rows[0]
-    setup = first.setup
+    setup, found = first.setup, first.forecast
+    own = found.parameters - (found.trained if setup.adapter.id != "none" else 0)
     lines = [
-        f"{model}: {first.forecast.parameters:,} parameters, rows of {setup.length} tokens, "
-        f"{gib(memory)} GiB of memory",
+        f"{model}: {own:,} parameters, rows of {setup.length} tokens, {gib(memory)} GiB of memory",
         "",
         "fits   optimizer     adapter  precision            ckpt  rows   weights  gradients  state  activations   peak"
         + ("" if rate is None else "  tokens/s"),
