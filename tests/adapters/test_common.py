@@ -187,19 +187,6 @@ def test_data_to_begin_from_is_asked_for_and_only_where_it_is_used(row: Row) -> 
     assert torch.equal(logits(model), logits(llama()))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A small model with its tokenizer, as a 🤗 folder."""
-    out = tmp_path_factory.mktemp("base") / "run"
-    recipe = Recipe.parse(
-        "model: {name: llama, preset: tiny}\n"
-        f"data: {{name: text, path: {corpus}, length: 32, vocab: 320, validation: 0.2}}\n"
-        f"steps: 1\nsample: 0\nout: {out}\neval: {{rows: 4}}\n"
-    )
-    train(recipe, progress=None)
-    return out / "model"
-
-
 @every
 def test_a_run_that_is_interrupted_twice_ends_with_the_same_bits(
     row: Row, base: Path, corpus: Path, tmp_path: Path

@@ -22,19 +22,6 @@ from fallline.step import take_step
 STEPS = 8
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A small model with its tokenizer, as a 🤗 folder."""
-    out = tmp_path_factory.mktemp("base") / "run"
-    recipe = Recipe.parse(
-        "model: {name: llama, preset: tiny}\n"
-        f"data: {{name: text, path: {corpus}, length: 32, vocab: 320, validation: 0.2}}\n"
-        f"steps: 1\nsample: 0\nout: {out}\neval: {{rows: 4}}\n"
-    )
-    train(recipe, progress=None)
-    return out / "model"
-
-
 def recipe(base: Path, corpus: Path, out: Path, *more: str) -> Recipe:
     text = (
         f"model: {base}\n"
