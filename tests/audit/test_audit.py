@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fallline.adapters.layers import attach
+from fallline.adapters import attach
 from fallline.cli.main import main
 from fallline.drivers.audit import audit, gradients, look, losses, pick
 from fallline.drivers.audit_examples import Examples, identities, read_examples, read_training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fallline import catalog, checkpoint
-from fallline.adapters.layers import attach
+from fallline.adapters import attach
 from fallline.contracts import Batch, Draw
 from fallline.data.poisson import Config as SamplerConfig
 from fallline.data.poisson import Poisson
