@@ -55,7 +55,7 @@ def test_the_head_with_tokens_of_nobodys(ends: Any, size: int) -> None:
             found = HeadGradients.of(head.weight, head.bias)
             chunks = pieces(spans, size)
             assert [i for p in chunks for i in range(p.tokens.start, p.tokens.stop)] == list(range(N))
-            values = _Watched.apply(hidden, head.weight, head.bias, labels, share, chunks, spans, found)
+            values = _Watched.apply(hidden, head.weight, head.bias, labels, share, chunks, spans, found, None)
             (values * share).sum().backward()
         if keep:
             seen.add(torch.ones(len(ends), dtype=torch.float64))
