@@ -72,7 +72,15 @@ def run(model: nn.Module, ours: tuple[Any, Any], folder: Path, resume: Path | No
     return [weights(model), ours[0].state_dict(), ours[1].state_dict(), logged]
 
 
-@pytest.mark.parametrize(("optimizer", "schedule"), PAIRS)
+KINDS = ("adamw", "adamw-8bit", "lanton", "muon", "scale")
+"""torch's own; codes of 8 bits; a state of several parameters; rules by role; and a fast path, with every schedule. On
+more 🤗 Trainer does not depend: that each goes through a file and comes back is tried in test_plain_loop.py."""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [pytest.param(*pair, marks=() if pair[0] in KINDS else pytest.mark.slow) for pair in PAIRS],
+)
 def test_mid_epoch_resume_is_bit_identical(tmp_path: Path, optimizer: str, schedule: str) -> None:
     model, other = tiny_llama(), tiny_llama(seed=1)
     before = weights(model)
