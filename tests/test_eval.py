@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_index() -> Iterator[None]:
-    """The harness reads thousands of files to know its tasks: once is enough."""
+def own_tasks() -> Iterator[None]:
+    """The harness reads thousands of files to know its own tasks, of which one slow test has need."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm_eval.tasks.TaskManager", cache(TaskManager))
+        patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
         yield
 
 
@@ -150,6 +150,13 @@ def test_refused_in_one_line(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert words in shown.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_harness_has_tasks(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", TaskManager)
+    assert main(["eval", str(tiny), "--tasks", "arc_eazy"]) == 2
+    assert "the harness has no task 'arc_eazy'; did you mean 'arc_easy'?" in capsys.readouterr().err
 
 
 def test_a_task_that_breaks_is_named(tiny: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,15 +58,16 @@ def find_tasks(tasks: str, include: str | None) -> tuple[list[str], Any]:
 
     if include is not None and not Path(include).is_dir():
         raise InputError(f"--include: there is no folder {include}")
-    manager: Any = TaskManager(include_path=include)
+    names = [word.strip() for word in tasks.split(",") if word.strip()]
+    if not names:
+        raise InputError("--tasks names no task; such as --tasks arc_easy,hellaswag")
+    manager: Any = TaskManager(include_path=include)  # reads thousands of files
     found: list[str] = []
-    for name in filter(None, (word.strip() for word in tasks.split(","))):
+    for name in names:
         matching = manager.match_tasks([name])
         if not matching:
             raise InputError(f"the harness has no task {name!r}; {close(name, manager.all_tasks)}")
         found += matching
-    if not found:
-        raise InputError("--tasks names no task; such as --tasks arc_easy,hellaswag")
     return list(dict.fromkeys(found)), manager
 
 
