@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from fallline import checkpoint
 from fallline.cli.main import main
 from fallline.contracts import Signals
+from fallline.drivers.evaluation import evaluate
 from fallline.drivers.setting import build
-from fallline.drivers.train import Loop, evaluate, interruptible, train
+from fallline.drivers.train import Loop, interruptible, train
 from fallline.errors import InputError
 from fallline.metrics import Metrics, Trackers
 from fallline.recipe import Recipe

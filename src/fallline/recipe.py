@@ -39,12 +39,28 @@ class CheckpointOptions(Options):
     )
 
 
+Measure = Literal["nll", "exact", "rejected"]
+
+
 @dataclass(frozen=True)
 class EvalOptions(Options):
-    """When to measure the validation loss, and on how much."""
+    """When to measure the validation loss, on how much, and what else to measure."""
 
     every: int = option(50, "steps between evaluations; the start and the end are always evaluated", gt=0)
     rows: int | None = option(64, "rows of validation data; null takes all", gt=0)
+    measures: tuple[Measure, ...] = option(
+        (),
+        "beside the loss: nll, nats a token whatever the objective; exact, the part of the examples that greedy "
+        "decoding answers to the letter; rejected, nll of the second answers of pairs",
+    )
+
+    def check(self) -> None:
+        if len(set(self.measures)) < len(self.measures):
+            raise InputError(f"'measures' names one twice: {', '.join(self.measures)}")
+
+    def to_mapping(self) -> dict[str, Any]:
+        found = super().to_mapping()
+        return found if self.measures else {k: v for k, v in found.items() if k != "measures"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,7 @@ class Recipe:
     checkpoint: CheckpointOptions
     eval: EvalOptions
     probes: tuple[Choice, ...] = ()
+    also: Mapping[str, Choice] = field(default_factory=dict)
     name: str = field(default="run", compare=False)
 
     KEYS: ClassVar[tuple[str, ...]] = (*WORDS, "probes", *SECTIONS, *(Settings.__dataclass_fields__))
@@ -180,6 +197,7 @@ class Recipe:
             if kind not in tree and default is None:
                 raise InputError(f"{origin}: the recipe needs {kind!r}, such as {_EXAMPLES[kind]}")
             words[kind] = _choice(kind, tree.get(kind, Node(default)))
+        tree["eval"], also = _also(tree.get("eval", Node({})))
         sections = {key: _section(key, kind, tree.get(key, Node({}))) for key, kind in SECTIONS.items()}
         listed = tree.get("probes", Node([]))
         if not isinstance(listed.value, list):
@@ -198,7 +216,7 @@ class Recipe:
             words["schedule"].options.check_run(settings.steps)
         except InputError as error:
             raise InputError(f"schedule {words['schedule'].id!r}: {error}{tree.get('schedule', root).where}") from None
-        recipe = cls(**words, settings=settings, probes=probes, name=name, **sections)  # type: ignore[arg-type]
+        recipe = cls(**words, settings=settings, probes=probes, also=also, name=name, **sections)  # type: ignore[arg-type]
         data = tree.get("data", Node({})).value
         if isinstance(data, dict) and "vocab" in data and recipe.model.module.Config.brings_tokenizer:
             raise InputError(f"data: 'vocab' has no effect, the model has a tokenizer; remove it{data['vocab'].where}")
@@ -210,7 +228,10 @@ class Recipe:
         if self.model.module.Config.brings_tokenizer:
             out["data"].pop("vocab", None)  # of the tokenizer that would be learned
         out |= {"probes": [p.to_mapping() for p in self.probes]} if self.probes else {}
-        return out | self.settings.to_mapping() | {key: getattr(self, key).to_mapping() for key in SECTIONS}
+        out |= self.settings.to_mapping() | {key: getattr(self, key).to_mapping() for key in SECTIONS}
+        if self.also:
+            out["eval"]["also"] = {name: data.to_mapping() for name, data in self.also.items()}
+        return out
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
@@ -346,6 +367,20 @@ def _section(key: str, kind: type[Options], node: Node) -> Options:
     if not isinstance(node.value, dict):
         raise InputError(f"{key!r} must be a mapping of {', '.join(kind.__dataclass_fields__)}{node.where}")
     return _options(kind, node.value, key, node.where)
+
+
+def _also(node: Node) -> tuple[Node, dict[str, Choice]]:
+    """The section `eval` without its `also`, and that: name → data to take measures of as well."""
+    if not isinstance(node.value, dict) or "also" not in node.value:
+        return node, {}
+    rest = dict(node.value)
+    also = rest.pop("also")
+    if not isinstance(also.value, dict):
+        raise InputError(
+            f"'eval.also' must be a mapping of names to data, such as {{docs: {{name: python-docs}}}}, got "
+            f"{_plain(also)!r}{also.where}"
+        )
+    return Node(rest, node.where), {name: _choice("data", data) for name, data in also.value.items()}
 
 
 def _options(kind: type[T], given: Mapping[str, Node], what: str, where: str) -> T:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fallline import checkpoint
+from fallline.drivers.evaluation import evaluate
 from fallline.drivers.setting import build
-from fallline.drivers.train import evaluate, train
+from fallline.drivers.train import train
 from fallline.errors import InputError
 from fallline.recipe import Recipe
 from fallline.step import take_step

@@ -16,9 +16,9 @@ from ..drivers.compare.choices import Choice
 from ..drivers.compare.measuring import ROUNDS, SECONDS
 from ..drivers.compare.run import answer
 from ..drivers.compare.study import Study
+from ..drivers.evaluation import evaluate
 from ..drivers.folder import next_free
 from ..drivers.setting import Setting, build
-from ..drivers.train import evaluate
 from ..recipe import Recipe
 from ..report import table
 from ..step import take_step

@@ -87,6 +87,8 @@ def open_folder(setting: Setting, out: Path, resume: bool) -> checkpoint.Saved |
         for what in ("data", "model"):
             if stored[what]["sha256"] != setting.record[what]["sha256"]:
                 changed.append(f"{what}: the content is not the one the run began with")
+        if stored.get("also") != setting.record.get("also"):
+            changed.append("eval.also: the content is not the one the run began with")
         unlike = [k for k in ("threads", "device", "ranks", "versions", "platform") if stored[k] != setting.record[k]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot resume: {out / 'run.json'} is damaged ({error!r})") from None

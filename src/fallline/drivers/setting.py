@@ -25,6 +25,7 @@ from ..ranks import world
 from ..recipe import Recipe
 from ..reference import Reference
 from ..step import Run
+from .evaluation import check_measures
 from .plan.check import check
 
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -39,6 +40,7 @@ class Setting:
     dataset: Any
     clock: Clock
     record: dict[str, Any]
+    others: dict[str, Any]  # name → what is evaluated beside the validation data
 
 
 def pick_device(name: str) -> torch.device:
@@ -81,6 +83,8 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
 
     brought = recipe.model.module.tokenizer(recipe.model.options)
     dataset = recipe.data.module.build(recipe.data.options, brought)
+    check_measures(dataset.validation, recipe.eval.measures)
+    others = {name: data.module.build(data.options, dataset.tokenizer) for name, data in recipe.also.items()}
     if check_memory:
         chosen, length = recipe.model, recipe.data.options.length
         check(recipe, chosen.module.architecture(chosen.options, dataset.tokenizer, length), device, force=force)
@@ -156,7 +160,9 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     }
     if hasattr(estimator, "record"):
         record |= estimator.record()
-    return Setting(recipe, run, dataset, clock, record)
+    if others:
+        record["also"] = {name: {"sha256": other.fingerprint} for name, other in others.items()}
+    return Setting(recipe, run, dataset, clock, record, {name: other.validation for name, other in others.items()})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

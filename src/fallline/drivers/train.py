@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,10 @@ from ..adapters import peft
 from ..errors import StorageError
 from ..generate import generate
 from ..metrics import Metrics, Progress, Trackers, check_trackers, peak_memory, product_rate, token_flops, trackers
-from ..noise import rng, seed_forward
+from ..noise import rng
 from ..recipe import Recipe
 from ..step import Run, take_step
+from .evaluation import evaluation
 from .folder import link_latest, link_model, make_folder, open_folder, run_folder
 from .setting import Setting, build
 
@@ -52,39 +52,6 @@ class Result:
     def validation_loss(self) -> float:
         """Of the last evaluation, nats per token."""
         return float([m["val_loss"] for m in self.metrics if "val_loss" in m][-1])
-
-
-@torch.no_grad()
-def evaluate(run: Run, source: Any, rows: int | None) -> float:
-    """The validation loss, per counted token: Σ values / Σ counts for each term, added up.
-
-    The objective prepares each batch as in a step, from a run whose source is the validation data.
-
-    Args:
-        run: gives model, objective and micro-batch size; its weights to evaluate are `optimizer.evaluated()`.
-        source: validation data. rows: how many of its rows; None takes all.
-    """
-    value: dict[str, torch.Tensor] = {}
-    count: dict[str, torch.Tensor] = {}
-    training = run.model.training
-    prepare = getattr(run.objective, "prepare", None)
-    asking = copy(run)
-    asking.source = source
-    run.model.eval()
-    try:
-        with run.clock("eval"), run.optimizer.evaluated():
-            for number, batch in enumerate(source.batches(run.micro, rows)):
-                moved = {k: v.to(run.device) for k, v in batch.items()}
-                if prepare is not None:
-                    seed_forward(run.seed, run.step, f"evaluate/{number}", run.device)
-                    moved = prepare(asking, moved)
-                for term, c in run.objective.count(moved).items():
-                    count[term] = count.get(term, torch.zeros((), device=run.device)) + c.sum()
-                for term, v in run.objective(run.model, moved).value.items():
-                    value[term] = value.get(term, torch.zeros((), device=run.device)) + v.double().sum()
-            return float(sum((v / count[term].clamp(min=1)).item() for term, v in value.items()))
-    finally:
-        run.model.train(training)
 
 
 @contextmanager
@@ -192,7 +159,7 @@ class Loop:
         self.metrics.truncate(run.step if saved is not None else -1)
         self.show = Progress(self.recipe.settings.steps, self.progress, start=run.step)
         if saved is None:
-            self.write({"step": 0, "val_loss": self.evaluate()})
+            self.write({"step": 0} | self.evaluate())
 
     def step(self) -> None:
         """One step, its record, and a checkpoint when one is due."""
@@ -207,7 +174,7 @@ class Loop:
         if run.stopped:
             record["stopped"] = run.stopped
         if run.step % self.recipe.eval.every == 0 or self.done:
-            record["val_loss"] = self.evaluate()
+            record |= self.evaluate()
         spent = self.setting.clock.read()
         busy = sum(seconds for phase, seconds in spent.items() if phase not in ("eval", "save"))
         rate = record["tokens"] / busy if busy else 0.0
@@ -225,8 +192,9 @@ class Loop:
         self.show.close()
         self.follow.finish()
 
-    def evaluate(self) -> float:
-        return evaluate(self.run, self.setting.dataset.validation, self.recipe.eval.rows)
+    def evaluate(self) -> dict[str, Any]:
+        options, setting = self.recipe.eval, self.setting
+        return evaluation(self.run, setting.dataset.validation, options.rows, options.measures, setting.others)
 
     def write(self, record: dict[str, Any]) -> None:
         reason = self.watch(record) if self.watch is not None else ""

@@ -26,8 +26,9 @@ from ...metrics import peak_memory, resident_memory
 from ...recipe import Recipe
 from ...step import Run, take_step
 from ..allocator import trim
+from ..evaluation import evaluate
 from ..setting import build
-from ..train import evaluate, state_bytes
+from ..train import state_bytes
 from .worker import MODELLING
 
 WARMUP = 2
