@@ -145,7 +145,8 @@ class Objective(Protocol):
     `run.reference`, the model as the run began; and `columns`, name → shape beyond [B] of the float64 columns that
     `prepare` adds and `forward` needs, for whoever sizes a forward without preparing. In `forward` the batch carries
     ``share/TERM`` [B], the derivative of the loss by each value, for kernels that form gradients in the forward. Rows
-    outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`.
+    outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`. `trade_off`
+    names two measures of an evaluation that a comparison draws against each other.
     """
 
     couples: ClassVar[Couples]

@@ -39,7 +39,7 @@ class CheckpointOptions(Options):
     )
 
 
-Measure = Literal["nll", "exact", "rejected"]
+Measure = Literal["nll", "exact", "rejected", "pass@1", "pass@8", "pass@64"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class EvalOptions(Options):
     measures: tuple[Measure, ...] = option(
         (),
         "beside the loss: nll, nats a token whatever the objective; exact, the part of the examples that greedy "
-        "decoding answers to the letter; rejected, nll of the second answers of pairs",
+        "decoding answers to the letter; pass@N, the chance that one of N sampled answers is the example's to the "
+        "letter; rejected, nll of the second answers of pairs",
     )
 
     def check(self) -> None:

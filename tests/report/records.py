@@ -248,4 +248,28 @@ def many() -> dict[str, Any]:
     return record([choice("adamw", [4.86, 4.87, 4.85]), *others], [1, 2, 3])
 
 
-ALL = {f.__name__: f for f in (study, plain, apart, nothing, many)}
+def measured() -> dict[str, Any]:
+    """Three objectives with the same measures, whose losses cannot be compared, and one measured on other rows."""
+
+    def of(label: str, exact: list[float], docs: list[float], **more: Any) -> dict[str, Any]:
+        runs = []
+        for seed, (e, d) in enumerate(zip(exact, docs, strict=True), 1):
+            one = run(4.0, seed, measures={"exact": e, "docs/nll": d})
+            steps = len(one["curve"]["step"])
+            path = {"exact": [e * k / (steps - 1) for k in range(steps)], "docs/nll": [d] * steps}
+            runs.append({**one, "curve": {**one["curve"], "measures": path}})
+        made = {"measured_on": "facts/8", "comparable": label, "trained": 4_884_480, "runs": runs}
+        return choice(label, [], **{**made, **more})
+
+    return record(
+        [
+            of("adamw", [0.50, 0.52, 0.51], [3.40, 3.41, 3.40]),
+            of("dco", [0.61, 0.62, 0.63], [3.42, 3.39, 3.41], trade_off=["docs/nll", "exact"], trained=2_359_296),
+            of("ldr", [0.50, 0.53, 0.50], [3.60, 3.61, 3.62]),
+            of("elsewhere", [0.9, 0.9, 0.8], [3.0, 3.1, 3.2], measured_on="facts/16"),
+        ],
+        [1, 2, 3],
+    )
+
+
+ALL = {f.__name__: f for f in (study, plain, apart, nothing, many, measured)}

@@ -18,7 +18,7 @@ from fallline.errors import StorageError
 from fallline.report import analyse, table, write
 from fallline.report.page import page
 
-from .records import ALL, XSS, apart, many, plain, record, study
+from .records import ALL, XSS, apart, many, measured, plain, record, study
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -78,6 +78,18 @@ def test_csv_has_every_run_and_what_finds_it_again(tmp_path: Path) -> None:
     assert "512 is more than" in found[-1]["error"]
     lost = next(row for row in found if row["status"] == "lost")
     assert (lost["loss"], lost["steps"]) == ("", "120")
+
+
+def test_measures_are_columns(tmp_path: Path) -> None:
+    analysed = analyse(measured())
+    write(tmp_path, analysed)
+    found = rows(tmp_path)
+    assert next((r["exact"], r["docs/nll"], r["trained"]) for r in found if r["label"] == "dco") == (
+        "0.61",
+        "3.42",
+        "2359296",
+    )
+    assert {"exact", "docs/nll"} <= set(table(analysed).split("\n")[0].split())
 
 
 def test_a_void_timing_is_no_number_in_csv(tmp_path: Path) -> None:

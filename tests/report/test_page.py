@@ -237,3 +237,18 @@ def test_the_record_can_be_unfolded(browser: Any, visit: Callable[..., None]) ->
     assert len(texts(browser, "details:first-of-type tbody tr")) >= sum(
         len(c["runs"]) for c in ALL["study"]()["choices"]
     )
+
+
+def test_one_measure_is_drawn_against_another(browser: Any, visit: Callable[..., None]) -> None:
+    visit("measured")
+    drawn = "return [...document.querySelectorAll('#measures path[data-choice]')].map((p) => p.getAttribute('d'))"
+    chosen = "return [...document.querySelectorAll('#measures select')].map((s) => s.value)"
+    assert browser.execute_script(chosen) == ["docs/nll", "exact"], "what the objective of a choice declares"
+    first = browser.execute_script(drawn)
+    assert len(first) == 4
+    browser.execute_script(
+        "const s = document.querySelector('#measures select'); s.value = 'exact'; s.dispatchEvent(new Event('change'))"
+    )
+    settle(browser)
+    assert browser.execute_script(drawn) != first
+    assert "0.6200 ± 0.0100" in texts(browser, "#measures td") or "0.620 ± 0.010" in texts(browser, "#measures td")

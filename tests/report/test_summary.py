@@ -9,7 +9,7 @@ import pytest
 
 from fallline.report import analyse, figures
 
-from .records import ALL, apart, choice, many, nothing, plain, record, run, study, time, tuned
+from .records import ALL, apart, choice, many, measured, nothing, plain, record, run, study, time, tuned
 
 
 def said(made: dict[str, Any], part: str | None = None) -> str:
@@ -225,3 +225,19 @@ def test_figures_have_the_digits_they_are_good_for() -> None:
     assert figures.difference(0.0, 0.0, 0.0) == "0 [0, 0]"
     assert figures.size(2**30) == "1.00 GiB"
     assert figures.milliseconds(0.0000123) == "0.0123 ms"
+
+
+def test_measures_are_claimed_as_their_intervals_allow() -> None:
+    analysed = analyse(measured())
+    exact, docs, meaning = analysed["analysis"]["summary"]["measures"]
+    assert exact.startswith("exact: adamw 0.510 ± 0.010; higher for dco +0.11")
+    assert "ldr" not in exact
+    assert docs.startswith("docs/nll: adamw 3.4033 ± 0.0058; higher for ldr +0.2")
+    assert "elsewhere" not in exact + docs, "it was measured on other rows"
+    assert "the intervals of each measure hold all at once" in meaning
+    assert "dco 2.36 M" in said(measured(), "memory")
+    of = {c["label"]: c["measures"] for c in analysed["analysis"]["choices"]}
+    assert of["elsewhere"]["exact"]["difference"] is None
+    assert of["dco"]["exact"]["path"][-1] == pytest.approx(0.62)
+    assert analysed["analysis"]["trade_off"] == ["docs/nll", "exact"]
+    assert analyse(analysed)["analysis"] == analysed["analysis"]

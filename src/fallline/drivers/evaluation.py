@@ -4,7 +4,9 @@ That is the validation loss, and measures that do not depend on the objective:
 
     nll       Σ −log p / number of labels, nats a token: what `causal` is trained by
     exact     the part of the examples that greedy decoding answers to the letter (`token_scores`)
-    rejected  nll of the second sequences of pairs; nll and exact are of the first ones
+    pass@N    the chance that one of N sampled answers is the example's to the letter, 1 − (1 − p)^N with p the
+              probability of its labels, averaged over examples: no sampling is needed
+    rejected  nll of the second sequences of pairs; the others are of the first ones
 
 An example of which no label is asked has no part in them.
 """
@@ -47,12 +49,19 @@ class Measures:
             "rejected": (value[:, 1], count[:, 1]),
         }
         for name in self.names:
+            if name.startswith("pass@"):
+                told[name] = passed(value[:, 0], int(name.removeprefix("pass@"))) * asked[:, 0], asked[:, 0]
             both = torch.stack([part.double().sum() for part in told[name]])
             self._sums[name] = self._sums.get(name, 0) + both
 
     def values(self) -> dict[str, float]:
         """What was asked for, by name."""
         return {name: float(value / count.clamp(min=1)) for name, (value, count) in self._sums.items()}
+
+
+def passed(s: Tensor, samples: int) -> Tensor:
+    """1 − (1 − e^{−s})^N, of any shape: the chance that one of N samples is what has −log p = s."""
+    return -torch.expm1(samples * torch.log1p(-torch.exp(-s)))
 
 
 def evaluate(run: Run, source: Any, rows: int | None, into: Measures | None = None) -> float:

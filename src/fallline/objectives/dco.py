@@ -87,6 +87,7 @@ class Coverage(nn.Module):
     """See the module docstring."""
 
     couples: ClassVar[Couples] = "none"
+    trade_off: ClassVar[tuple[str, str]] = ("pass@1", "pass@64")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -90,6 +90,7 @@ class Margin(nn.Module):
     """
 
     couples: ClassVar[Couples] = "none"
+    trade_off: ClassVar[tuple[str, str]] = ("nll", "rejected")
     terms: ClassVar[TERMS] = {"pair": "pairs"}
     reference: ClassVar[bool] = False
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import figures
+from .measures import measured
 from .statistics import ALPHA, NOT_COMPARABLE, compare, finals, outcome
 from .summary import has_ratio, summary
 
@@ -22,12 +23,15 @@ def analyse(record: Mapping[str, Any]) -> dict[str, Any]:
         The record and ``analysis``: {``choices``: in the record's order, see `statistics.compare`, with ``curve``, the
         mean and range over seeds, and ``text``, the numbers as shown; ``order``: indices of choices, the baseline
         first, then by mean loss; ``shown``: those whose curves are drawn at first; ``intervals`` and ``level``: how
-        many intervals hold at once and how probable each is; ``summary``: sentences by subject}.
+        many intervals hold at once and how probable each is; ``measures``: names, see `measures.measured`;
+        ``trade_off``: the two of them to draw against each other, or None; ``summary``: sentences by subject}.
     """
     analysed: dict[str, Any] = _finite(record)
     choices = compare(analysed)
     baseline = _baseline(analysed)
-    for choice, about in zip(analysed["choices"], choices, strict=True):
+    names, measures = measured(analysed)
+    for choice, about, of_choice in zip(analysed["choices"], choices, measures, strict=True):
+        about["measures"] = of_choice
         about["curve"] = curve(choice)
         about["text"] = _text(choice, about, baseline)
     intervals = sum(1 for c in choices if c["difference"] and c["difference"]["low"] is not None)
@@ -38,6 +42,8 @@ def analyse(record: Mapping[str, Any]) -> dict[str, Any]:
         "shown": [i for i in order if choices[i]["verdict"] != NOT_COMPARABLE][: SHOWN + 1],
         "intervals": intervals,
         "level": 1 - ALPHA / intervals if intervals else None,
+        "measures": names,
+        "trade_off": _axes(analysed, names),
     }
     analysed["analysis"]["summary"] = summary(analysed)
     return analysed
@@ -80,6 +86,15 @@ def _finite(value: Any) -> Any:
 
 def _baseline(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((c for c in record["choices"] if c["label"] == record["baseline"]), {})
+
+
+def _axes(record: Mapping[str, Any], names: Sequence[str]) -> list[str] | None:
+    """What the first choice's objective declares, where it was measured; else the first measure and the last."""
+    for choice in record["choices"]:
+        both = choice.get("trade_off")
+        if both and set(both) <= set(names):
+            return [*both]
+    return [names[0], names[-1]] if len(names) > 1 else None
 
 
 def _order(choices: Sequence[Mapping[str, Any]], baseline: str) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-SCRIPTS = ("drawing.js", "curves.js", "losses.js", "bars.js", "tuning.js", "page.js")
+SCRIPTS = ("drawing.js", "curves.js", "losses.js", "measures.js", "bars.js", "tuning.js", "page.js")
 """In the order in which they use each other; together they are the body of one function."""
 
 

@@ -130,11 +130,11 @@ def compare(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     pairs = [
         paired(final_losses(c), base_losses) if base and c is not base and comparable(c, base) else {} for c in choices
     ]
-    made = sum(1 for p in pairs if _informative(p))
+    made = sum(1 for p in pairs if informative(p))
     found = []
     for choice, counts, pair in zip(choices, seeds, pairs, strict=True):
         losses = final_losses(choice)
-        low, high = interval(list(pair.values()), made) if _informative(pair) else (None, None)
+        low, high = interval(list(pair.values()), made) if informative(pair) else (None, None)
         if not losses:
             verdict = FAILED if counts["failed"] or choice["status"] == "failed" else NOT_FINISHED
         elif choice is base:
@@ -162,7 +162,7 @@ def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return bool(a.get("comparable")) and a.get("comparable") == b.get("comparable")
 
 
-def _informative(pairs: Mapping[int, float]) -> bool:
+def informative(pairs: Mapping[int, float]) -> bool:
     """Whether differences say anything of their own spread: there are two, and seeds change them."""
     return len(pairs) > 1 and (len(set(pairs.values())) > 1 or not any(pairs.values()))
 

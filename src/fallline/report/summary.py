@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import figures
+from .measures import sentences
 from .statistics import (
     ALPHA,
     FAILED,
@@ -36,11 +37,12 @@ Rows = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def summary(analysed: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Sentences by subject: ``answer``, ``memory``, ``time``, ``caveats``; in that order."""
+    """Sentences by subject: ``answer``, ``measures``, ``memory``, ``time``, ``caveats``; in that order."""
     analysis = analysed["analysis"]
     rows = [(analysed["choices"][i], analysis["choices"][i]) for i in analysis["order"]]
     return {
         "answer": _answer(analysed, rows),
+        "measures": _measures(analysed, rows),
         "memory": _memory(analysed, rows),
         "time": _time(analysed, rows),
         "caveats": [
@@ -91,14 +93,29 @@ def _answer(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
         said.append(f"{_names(of[NO_COMMON_SEED])} and {baseline} finished no common seed, so no claim is made.")
     if NOT_COMPARABLE in of:
         said.append(
-            f"The losses of {_names(of[NOT_COMPARABLE])} cannot be compared with {baseline}'s: the data, the tokenizer "
-            "or the evaluation rows are not the same."
+            f"The losses of {_names(of[NOT_COMPARABLE])} cannot be compared with {baseline}'s: the data, the tokenizer, "
+            "the evaluation rows or the objective are not the same."
         )
     for choice, about in rows:
         said += _lost_seeds(choice, about)
     said += _failures(rows)
     if analysis["intervals"]:
         said.append(_meaning(analysed))
+    return said
+
+
+def _measures(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
+    names = analysed["analysis"]["measures"]
+    if not names:
+        return []
+    of = [(about["label"], about["measures"]) for _, about in rows]
+    said = sentences(analysed["baseline"], names, of)
+    intervals = any((m["difference"] or {}).get("low") is not None for _, found in of for m in found.values())
+    if intervals:
+        said.append(
+            f"Differences from {analysed['baseline']}; the intervals of each measure hold all at once with "
+            f"{100 * (1 - ALPHA):g} %, those of several measures together do not."
+        )
     return said
 
 
@@ -194,6 +211,9 @@ def _memory(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
         said.append(f"Peak memory, {how.get(kind, kind)}: {_some(listed)}.")
     if len(kinds) > 1:
         said.append("Peaks measured in different ways cannot be compared.")
+    trained = [f"{c['label']} {c['trained'] / 1e6:.3g} M" for c, _ in rows if c.get("trained")]
+    if len({c["trained"] for c, _ in rows if c.get("trained")}) > 1:
+        said.append(f"Parameters that are trained: {_some(trained)}.")
     return said + _missing("Memory was not measured for", rows, "memory")
 
 

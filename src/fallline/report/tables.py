@@ -32,6 +32,7 @@ COLUMNS = (
     "error",
     "step_seconds",
     "peak_bytes",
+    "trained",
     "fallline",
     "torch",
     "python",
@@ -49,10 +50,15 @@ def table(analysed: Mapping[str, Any]) -> str:
     rows = [(analysed["choices"][i], analysis["choices"][i]) for i in analysis["order"]]
     tune = analysed.get("tune")
     sparks = _sparklines([about for _, about in rows])
+    measures: Columns = [
+        (name, [about["measures"].get(name, {}).get("text", {}).get("value", "") for _, about in rows])
+        for name in analysis["measures"]
+    ]
     columns: Columns = [
         (tune["key"].rsplit(".", 1)[-1] if tune else "tuned", [about["text"]["tuned"] for _, about in rows]),
         ("val loss", [about["text"]["loss"] or about["verdict"] for _, about in rows]),
         (f"− {analysed['baseline']}"[:24], [about["text"]["difference"] for _, about in rows]),
+        *measures,
         ("curve", sparks),
         ("state/peak MiB", [_memory(choice) for choice, _ in rows]),
         ("step ms", [about["text"].get("step", "").removesuffix(" ms") for _, about in rows]),
@@ -61,6 +67,9 @@ def table(analysed: Mapping[str, Any]) -> str:
     filled = [(head, cells) for head, cells in columns if any(cells)]
     if _wide(filled) + SHORTEST_LABEL > WIDTH:
         filled = [(head, cells) for head, cells in filled if cells is not sparks]
+    for last in reversed(measures):
+        if _wide(filled) + SHORTEST_LABEL > WIDTH:  # the report has them
+            filled = [column for column in filled if column is not last]
     labels = [about["label"] for _, about in rows]
     space = max(SHORTEST_LABEL, WIDTH - _wide(filled))
     lines = _lines([("", [_shortened(label, space) for label in labels]), *filled])
@@ -82,7 +91,8 @@ def runs_csv(analysed: Mapping[str, Any]) -> str:
         "model_sha256": (analysed.get("model") or {}).get("sha256"),
     }
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    names = analysed["analysis"]["measures"]
+    writer = csv.DictWriter(out, [*COLUMNS, *names], lineterminator="\n")
     writer.writeheader()
     for choice in analysed["choices"]:
         time = choice.get("time") or {}
@@ -90,6 +100,7 @@ def runs_csv(analysed: Mapping[str, Any]) -> str:
             "label": choice["label"],
             "step_seconds": None if time.get("void") else time.get("step"),
             "peak_bytes": (choice.get("memory") or {}).get("peak"),
+            "trained": choice.get("trained"),
             "recipe_sha256": recipe_hash(choice["recipe"]) if choice.get("recipe") else None,
         }
         for run in choice.get("runs") or [{"status": choice["status"], "error": choice.get("error")}]:
@@ -99,7 +110,8 @@ def runs_csv(analysed: Mapping[str, Any]) -> str:
                 "tokens": curve["tokens"][-1] if curve.get("tokens") else None,
             }
             of_run = {k: run.get(k) for k in ("kind", "seed", "value", "status", "loss", "seconds", "error")}
-            writer.writerow({**everywhere, **own, **of_run, **reached})
+            measures = {name: (run.get("measures") or {}).get(name) for name in names}
+            writer.writerow({**everywhere, **own, **of_run, **reached, **measures})
     return out.getvalue()
 
 

@@ -14,7 +14,7 @@ from ...recipe import FREE, Recipe, flat
 from ...report import analyse, write
 from ..folder import next_free
 from .measuring import spread
-from .record import Record, comparable, curve_of, gather, machine, read_json
+from .record import Record, comparable, curve_of, final_measures, gather, machine, measured_on, read_json, trade_off
 from .run import Comparison
 from .study import read_study
 
@@ -211,6 +211,7 @@ def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]
                 "error": None,
                 "folder": str(path),
                 "loss": curve["val_loss"][-1] if through else None,
+                "measures": final_measures(curve),
                 "steps": curve["step"][-1] if curve["step"] else 0,
                 "seconds": sum(busy),
                 "curve": curve,
@@ -228,8 +229,11 @@ def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]
         "status": "failed" if not done else "done" if len(done) == len(runs) else "partial",
         "error": None if done else "no run of it is through",
         "comparable": comparable(about, recipe),
+        "measured_on": measured_on(about, recipe),
+        "trade_off": trade_off(recipe),
         "steps": recipe.settings.steps,
         "parameters": about["model"]["parameters"],
+        "trained": about["model"].get("trained"),
         "tuned": None,
         "time": time,
         "memory": None,

@@ -91,8 +91,11 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         "status": "done" if len(through) == len(study.seeds) else "failed" if error else "partial",
         "error": error,
         "comparable": comparable(about, recipe) if same_data else "",
+        "measured_on": measured_on(about, recipe) if same_data else "",
+        "trade_off": trade_off(recipe),
         "steps": None if recipe is None else recipe.settings.steps,
         "parameters": about.get("model", {}).get("parameters"),
+        "trained": about.get("model", {}).get("trained"),
         "tuned": tuned,
         "time": None,
         "memory": measured.get("memory"),
@@ -114,25 +117,38 @@ def run_record(place: RunPlace, folder: Path) -> Record:
         "error": end.get("error"),
         "folder": str(place.out.relative_to(folder)),
         "loss": end.get("loss"),
+        "measures": final_measures(curve),
         "steps": end.get("steps", curve["step"][-1] if curve["step"] else 0),
         "seconds": end.get("seconds"),
         "curve": curve,
     }
 
 
-def curve_of(out: Path) -> dict[str, list[Any]]:
-    """Validation loss by step and by tokens seen."""
+def curve_of(out: Path) -> dict[str, Any]:
+    """Validation loss by step and by tokens seen, and `measures`, name → values, where any were taken."""
     path = out / "metrics.jsonl"
     tokens = 0
-    found: dict[str, list[Any]] = {"step": [], "tokens": [], "val_loss": []}
+    found: dict[str, Any] = {"step": [], "tokens": [], "val_loss": []}
     for record in read(path) if path.is_file() else []:
         tokens += record.get("tokens", 0)
         if "val_loss" in record:
             loss = record["val_loss"]
             found["step"].append(record["step"])
             found["tokens"].append(tokens)
-            found["val_loss"].append(loss if abs(loss) < float("inf") else None)  # not NaN either
+            found["val_loss"].append(finite(loss))
+            for name, value in record.get("measures", {}).items():
+                found.setdefault("measures", {}).setdefault(name, []).append(finite(value))
     return found
+
+
+def finite(value: float) -> float | None:
+    """A number, or None for what is none."""
+    return value if abs(value) < float("inf") else None  # not NaN either
+
+
+def final_measures(curve: Mapping[str, Any]) -> dict[str, float | None] | None:
+    """The last value of each measure, or None where none was taken."""
+    return {name: values[-1] for name, values in curve["measures"].items()} if "measures" in curve else None
 
 
 def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
@@ -170,17 +186,39 @@ def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any
 
 def comparable(about: Mapping[str, Any], recipe: Recipe | None) -> str:
     """The same text for choices whose losses are of the same thing: data, tokens, rows and objective."""
-    if recipe is None or not about:
+    return "" if recipe is None or not about else short_hash([*rows_of(about, recipe), recipe.objective.to_mapping()])
+
+
+def measured_on(about: Mapping[str, Any], recipe: Recipe | None) -> str:
+    """The same text for choices whose measures are of the same thing: as `comparable`, whatever the objective."""
+    if recipe is None or not about or not (recipe.eval.measures or recipe.also):
         return ""
+    return short_hash([*rows_of(about, recipe), about.get("also")])
+
+
+def rows_of(about: Mapping[str, Any], recipe: Recipe) -> list[Any]:
+    """What says which rows, cut into which tokens, a run is evaluated on."""
     data = recipe.data.options.to_mapping()
-    what = [
+    return [
         about["data"]["sha256"],
         about["tokenizer"]["sha256"],
         {key: data.get(key) for key in ("length", "validation")},
         recipe.eval.rows,
-        recipe.objective.to_mapping(),
     ]
+
+
+def short_hash(what: Any) -> str:
+    """Of JSON-able values."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trade_off(recipe: Recipe | None) -> list[str] | None:
+    """The two measures that the recipe's objective says to draw against each other, or None."""
+    if recipe is None:
+        return None
+    objective = recipe.objective.module.build(recipe.objective.options)
+    both: Sequence[str] | None = getattr(objective, "trade_off", None)
+    return None if both is None else [*both]
 
 
 def content(about: Mapping[str, Any]) -> list[Any]:

@@ -17,6 +17,7 @@ function numbers() {
     ["val loss, mean ± sd", (i, t) => t.loss.replace(/ \(.*/, "")],
     [`difference from ${record.baseline}`, (i, t) => t.difference],
     ["verdict", (i) => about[i].verdict],
+    ["trained", (i) => choices[i].trained ? brief(choices[i].trained) : ""],
     ["peak", (i, t) => t.peak], ["weights", (i, t) => t.weights], ["gradients", (i, t) => t.gradients],
     ["optimizer", (i, t) => t.optimizer], ["rest", (i, t) => t.rest],
     ["step", (i, t) => t.step && t.step + (t.step_spread ? ` ± ${t.step_spread}` : "")],
@@ -53,11 +54,12 @@ const folded = (name, content) => el("details", {}, el("summary", {}, name), con
 
 const section = (id, title, ...content) => el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title` }, title), ...content);
 function summary() {
-  const { answer, memory: space, time: speed, caveats } = analysis.summary;
+  const { answer, measures: beside, memory: space, time: speed, caveats } = analysis.summary;
   const whole = (s) => s.replace(/, (?=[^\s\]]+\])/g, ",\u00a0").replace(/± /g, "±\u00a0");
   const paragraphs = (sentences) => sentences.map((s) => el("p", {}, whole(s)));
   return el("div", { class: "summary" },
     el("div", { class: "answer" }, ...paragraphs(answer)),
+    ...(beside.length ? [el("h3", {}, "Measures"), ...paragraphs(beside)] : []),
     el("h3", {}, "Memory"), ...paragraphs(space),
     el("h3", {}, "Time"), ...paragraphs(speed),
     el("h3", {}, "What to keep in mind"), el("ul", {}, ...caveats.map((s) => el("li", {}, s))));
@@ -99,6 +101,7 @@ document.getElementById("report").replaceChildren(
     el("p", { class: "note" }, analysis.intervals
       ? "Bar: interval; all hold at once with 95 %. Filled: zero is outside and a claim is made; hollow: no claim."
       : "No interval: it takes two common seeds that differ."), forest()),
+  ...(analysis.measures.length ? [section("measures", "Measures", ...measures())] : []),
   section("memory", "Memory", ...memory().filter(Boolean)),
   section("time", "Step time", ...time().filter(Boolean)),
   ...(tuned ? [section("tuning", "Tuning", ...tuned)] : []),
