@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fallline.adapters import attach
+from fallline.adapters.layers import inject
 from fallline.catalog import find
 
 from .models import tokens
@@ -48,13 +49,24 @@ class Row:
 
     @property
     def needs(self) -> str:
-        return str(find("adapter", self.id).load().build(self.config()).needs)
+        return str(self.build().needs)
 
-    def config(self) -> Any:
-        return find("adapter", self.id).load().Config.from_mapping(dict(self.options), self.id)
+    @property
+    def resizes(self) -> bool:
+        """It changes its shape between steps."""
+        return bool(self.build().resizes)
+
+    def config(self, **options: Any) -> Any:
+        return find("adapter", self.id).load().Config.from_mapping(dict(self.options) | options, self.id)
+
+    def build(self, **options: Any) -> Any:
+        return find("adapter", self.id).load().build(self.config(**options))
 
     def on(self, model: Any, **options: Any) -> Any:
         """The model with this adapter, begun from a little data if that is what it needs."""
+        if self.resizes:
+            inject(model, self.build(**options), seed=0)  # what `attach` refuses, and a run does
+            return model
         data = {"data": batches()} if self.needs else {}
         return attach(model, self.id, **(dict(self.options) | options), **data)
 
@@ -95,9 +107,16 @@ ROWS = (
     ),
     Row(
         "sora",
-        {"rank": 4, "threshold": 0.1},
-        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "threshold": 0.2},
+        {"rank": 4, "threshold": 0.1, "prune_every": 1},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "threshold": 0.2, "prune_every": 0},
         lambda m, n: 4 * (m + n) + 4,
+    ),
+    Row(
+        "lamda",
+        {"rank": 8, "eta": 0.7},
+        {"rank": 7, "scale": 0.5, "eta": 0.3},
+        lambda m, n: 8 * 8 + 8 * m,
+        rate=0.04,
     ),
     Row(
         "allora",

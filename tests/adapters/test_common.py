@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from fallline.adapters import attach, disabled, follow, load, merge, save
+from fallline.adapters.between import between
 from fallline.adapters.layers import adapted
 from fallline.catalog import entries
 from fallline.drivers.train import train
 from fallline.errors import InputError
+from fallline.optim import create
 from fallline.per_example import Norms, PerExample
 from fallline.recipe import Recipe
 
@@ -31,10 +33,11 @@ def fit(row: Row, model: Any, steps: int = 5) -> list[float]:
     ids = tokens()
     model.train()
     torch.manual_seed(0)  # dropout's
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=row.rate)
+    optimizer = create("adamw", model, lr=row.rate, weight_decay=0.01)
     follow(model, optimizer)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
+        optimizer.remap(between(model, "default", step, steps, seed=0))
         loss = model(input_ids=ids, labels=ids).loss
         losses.append(loss.item())
         loss.backward()

@@ -51,6 +51,10 @@ class LoraFactors(NamedTuple):
     alpha: float
 
 
+Layers = Mapping[str, tuple["Adapter", Any]]
+"""Path of a layer → the method with its options there, and its tensors."""
+
+
 class Adapter:
     """One method with its options. `P` holds the tensors that `shapes` and `frozen` name, as attributes.
 
@@ -59,15 +63,29 @@ class Adapter:
         needs: what it begins from beside the weight: the gradient of the weight on some of the data, or the inputs of
             the layer on them; its options then say how many (`rows`), and of inputs how directions are found and dealt
             out (`rank`, `rho`, `tau`, see `eva`).
+        between: it has something to do or to say between the steps of a run (`sizes`, `counts`).
         peft_type: under which PEFT stores it.
     """
 
     id: ClassVar[str]
     needs: ClassVar[Literal["", "gradient", "inputs"]] = ""
+    between: ClassVar[bool] = False
     peft_type: ClassVar[str] = "LORA"
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def size(self) -> int:
+        """What tells the shapes of its tensors at one layer from those at another, or at another time: the rank, unless
+        a method says otherwise."""
+        size: int = self.config.rank
+        return size
+
+    @property
+    def resizes(self) -> bool:
+        """Whether `sizes` ever asks for other sizes, with these options; only a run can follow."""
+        return False
 
     def shapes(self, m: int, n: int) -> Mapping[str, tuple[int, ...]]:
         """Name → shape of the parameters for a weight [m, n].
@@ -95,9 +113,32 @@ class Adapter:
         most, orthonormal."""
         raise NotImplementedError
 
-    def at_rank(self, rank: int) -> Adapter:
-        """The method with another rank, and as strong: its s is the same. For those that change ranks."""
+    def at_size(self, size: int) -> Adapter:
+        """The method at another size, and as strong: its s is the same. For those that change sizes."""
         raise NotImplementedError
+
+    def sizes(self, layers: Layers, step: int, steps: int) -> Mapping[str, int]:
+        """Path → another size that a layer's adapter is to have in update `step`, from 0, of `steps`; the others keep
+        theirs. Asked of the first layer's method, before each update. It may write to tensors that are not trained.
+
+        Args:
+            layers: path → the method there and its tensors.
+            step, steps: which update of how many.
+        """
+        return {}
+
+    def carry(self, before: Any, after: Any, noise: torch.Generator) -> Mapping[str, Tensor]:
+        """Fill the tensors `after`, of this size, from those `before`, of another; those of a shape that stays are
+        taken over already, all others are zero. `noise` draws on the CPU.
+
+        Returns:
+            Name of a parameter → `Change.index`, for each that is not its old one's leading corner.
+        """
+        raise NotImplementedError
+
+    def counts(self, layers: Layers) -> Mapping[str, Tensor]:
+        """Name → number for the run's record, after each update; asked of the first layer's method."""
+        return {}
 
     def delta(self, P: Any, W: Weight) -> Tensor:
         """ΔW [m, n], in at least float32: for merging, for tests."""
@@ -117,6 +158,9 @@ class Adapter:
 
     def after_update(self, P: Any) -> None:
         """What the method does to its parameters after each update of the optimizer, in place."""
+
+    def after_updates(self, P: Sequence[Any]) -> None:
+        """The same where layers depend on each other: with all of them, asked of the first layer's method."""
 
     def factors(self, P: Any) -> LoraFactors:
         """ΔW as a LoRA. α is the rank, so that s = 1, unless `peft_config` says otherwise."""

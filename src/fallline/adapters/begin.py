@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..step import Run
 from ..tokens import IGNORED
 from .layers import Adapted, adapted, disabled, inject, method_of, noise_of, remove
-from .rerank import ranks, rerank
+from .rerank import resize, sizes
 
 
 class Begin:
@@ -59,12 +59,12 @@ class Begin:
         """Once, before step 0; a run that goes on has the result in its state."""
         data = data_of(run, method_of(run.model, self.name).config.rows)
         changes = begin(run.model, self.name, data, seed=run.seed)
-        self.ranks = ranks(run.model, self.name) if changes else {}
+        self.ranks = sizes(run.model, self.name) if changes else {}
         return changes
 
     def restructure(self, run: Run, state: Mapping[str, Any]) -> Sequence[Change]:
         self.ranks = dict(state["ranks"])
-        return rerank(run.model, self.name, self.ranks) if self.ranks else ()
+        return resize(run.model, self.name, self.ranks) if self.ranks else ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": self.ranks}
@@ -98,7 +98,8 @@ def attach(
 
     Raises:
         InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged or
-            wrapped; a method that begins from data has none, or one that does not has some.
+            wrapped; a method that begins from data has none, or one that does not has some; one that changes its shape
+            during the run.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2)
@@ -112,6 +113,11 @@ def attach(
     if bool(adapter.needs) != (data is not None):
         what = "begins from data: give 'data'" if adapter.needs else "does not begin from data: leave out 'data'"
         raise InputError(f"adapter {id!r} {what}")
+    if adapter.resizes:
+        raise InputError(
+            f"adapter {id!r} with these options changes its shape during the run, which 'fallline train' follows and "
+            "other loops do not; use a recipe"
+        )
     active = {layer: layer.active for layer in adapted(model).values()}
     trained = {p: p.requires_grad for p in model.parameters()}
     inject(model, adapter, name=name, seed=seed)
@@ -236,8 +242,8 @@ def from_inputs(model: nn.Module, layers: Mapping[str, Adapted], name: str, data
             tau=options.tau,
             noise=lambda path: noise_of(path, seed),
         )
-    changes = rerank(model, name, {path: len(V) for path, V in found.items()})
-    for path in ranks(model, name):
+    changes = resize(model, name, {path: len(V) for path, V in found.items() if len(V)})
+    for path in sizes(model, name):
         layer = layers[path]
         with torch.no_grad():
             layer.methods[name].begin(layer.adapters[name], layer.matrix, noise_of(path, seed), found[path])

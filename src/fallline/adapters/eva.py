@@ -13,9 +13,8 @@ held for each distinct input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from ..errors import InputError
 from ..options import option
 from . import lora
 from .base import Weight
-from .lora import Lora
+from .ranked import RankedLora
 
 CARD = Card(
     id="eva",
@@ -66,7 +65,7 @@ class Config(lora.Config):
     rows: int = option(64, "rows of data to look at, at most", ge=1, source="chosen here: as lora-ga")
 
 
-class Eva(Lora):
+class Eva(RankedLora):
     """See the module docstring; `P` has `lora_A` [r_i, n] and `lora_B` [m, r_i]."""
 
     id = "eva"
@@ -83,10 +82,6 @@ class Eva(Lora):
     def begin(self, P: nn.Module, W: Weight, noise: torch.Generator, found: Tensor) -> None:
         own: Any = P
         own.lora_A.copy_(found)
-
-    def at_rank(self, rank: int) -> Eva:
-        alpha = self.scale * (math.sqrt(rank) if self.config.rslora else rank)
-        return Eva(replace(self.config, rank=rank, alpha=alpha))
 
 
 def build(config: Config) -> Eva:

@@ -113,17 +113,20 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     Only some methods do anything then; where none does, the optimizer is left alone. A run of `fallline train` does
     this itself.
     """
-    if any(
-        type(m).after_update is not Adapter.after_update for a in adapted(model).values() for m in a.methods.values()
-    ):
+    kinds = {type(m) for a in adapted(model).values() for m in a.methods.values()}
+    if any(k.after_update is not Adapter.after_update or k.after_updates is not Adapter.after_updates for k in kinds):
         optimizer.register_step_post_hook(partial(_after_update, model))
 
 
 @torch.no_grad()
 def _after_update(model: nn.Module, *hooked: Any) -> None:
+    together: dict[str, tuple[Adapter, list[nn.Module]]] = {}
     for layer in adapted(model).values():
         for name in layer.active:
             layer.methods[name].after_update(layer.adapters[name])
+            together.setdefault(name, (layer.methods[name], []))[1].append(layer.adapters[name])
+    for method, all_layers in together.values():
+        method.after_updates(all_layers)
 
 
 def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str, *, seed: int = 0) -> None:

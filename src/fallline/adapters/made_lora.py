@@ -13,10 +13,10 @@ from torch import Tensor
 from ..kernels.lora_linear import lora_linear
 from ..per_example import watching
 from .base import Adapter, LoraFactors, Weight
-from .lora import Lora
+from .ranked import RankedLora
 
 
-class MadeLora(Lora):
+class MadeLora(RankedLora):
     """A LoRA with a `pair` of its own; `apply` must be given too, for it is what the per-example engine sees."""
 
     def pair(self, P: Any) -> tuple[Tensor, Tensor]:

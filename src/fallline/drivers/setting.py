@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..adapters.begin import Begin
+from ..adapters.between import Between
 from ..adapters.layers import disabled, follow, given, inject
 from ..errors import InputError
 from ..isolation import check_isolation
@@ -119,7 +120,9 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     optimizer = low_precision(make, model, own, precision, seed=settings.seed)
     follow(model, optimizer)
     schedule = recipe.schedule.module.build(recipe.schedule.options, optimizer, steps=settings.steps)
-    begins = {"adapter": Begin()} if adapter is not None and adapter.needs else {}
+    acts: dict[str, Any] = {}
+    if adapter is not None and (adapter.needs or adapter.between):
+        acts["adapter"] = Begin() if adapter.needs else Between()
     run = Run(
         model=model,
         objective=objective,
@@ -131,7 +134,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         micro=settings.micro or settings.batch,
         seed=settings.seed,
         steps=settings.steps,
-        parts=begins | {p.id: p.module.build(p.options) for p in recipe.probes},
+        parts=acts | {p.id: p.module.build(p.options) for p in recipe.probes},
         clip=settings.clip,
         device=device,
         clock=clock,
