@@ -119,6 +119,14 @@ ROWS = (
         rate=0.04,
     ),
     Row(
+        "triadapt",
+        {"rank": 4, "block": 2},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3}
+        | {"first": 2, "block": 1, "growth": "exponential", "every": 2, "warmup": 1},
+        lambda m, n: m + n + 2,
+        rate=0.05,
+    ),
+    Row(
         "allora",
         {"rank": 4},
         {"rank": 3, "eta": 1.0},

@@ -29,6 +29,7 @@ SORA = "{name: sora, rank: 6, threshold: 0.15, prune_every: 2}"
 CHANGING = {
     "sora": SORA,
     "lamda": "{name: lamda, rank: 8, eta: 0.8}",
+    "triadapt": "{name: triadapt, rank: 3, block: 1, every: 2}",
 }
 every = pytest.mark.parametrize("adapter", CHANGING.values(), ids=CHANGING)
 
