@@ -127,6 +127,12 @@ ROWS = (
         rate=0.05,
     ),
     Row(
+        "ggpo",
+        {"rank": 4},
+        {"rank": 3, "alpha": 4.0, "rslora": False, "dropout": 0.3, "rho": 0.05, "momentum": 0.5, "smoothing": 0.5},
+        lambda m, n: 4 * (m + n),
+    ),
+    Row(
         "allora",
         {"rank": 4},
         {"rank": 3, "eta": 1.0},
