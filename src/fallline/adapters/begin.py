@@ -210,6 +210,11 @@ def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> Sequence[Cha
     return from_inputs(model, layers, name, data, seed)
 
 
+MOST_PASSES = 8
+"""Passes over the data, about, that gradients may take. An adapter of few parameters, whose training needs next to no
+memory of its own, would else take one for each weight; so its beginning holds an eighth of all gradients at a time."""
+
+
 def from_gradients(model: nn.Module, layers: Mapping[str, Adapted], name: str, data: Data, seed: int) -> None:
     """`begin`, with the gradients of the weights."""
     method = method_of(model, name)
@@ -220,7 +225,9 @@ def from_gradients(model: nn.Module, layers: Mapping[str, Adapted], name: str, d
             f"{method.id!r} begins from gradients of the weights, and {shared} is used in two places; leave its layer "
             "out of 'targets'"
         )
-    room = 12 * sum(p.numel() for layer in layers.values() for p in layer.adapters[name].parameters())
+    trained = sum(p.numel() for layer in layers.values() for p in layer.adapters[name].parameters())
+    whole = sum(p.numel() * calibrate.wide(p).itemsize for p in weights.values())
+    room = max(12 * trained, whole // MOST_PASSES)
     with disabled(model), calibrate.evaluating(model):
         for path, G in calibrate.gradients(model, weights, data, room):
             layer = layers[path]
