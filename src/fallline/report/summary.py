@@ -93,8 +93,8 @@ def _answer(analysed: Mapping[str, Any], rows: Rows) -> list[str]:
         said.append(f"{_names(of[NO_COMMON_SEED])} and {baseline} finished no common seed, so no claim is made.")
     if NOT_COMPARABLE in of:
         said.append(
-            f"The losses of {_names(of[NOT_COMPARABLE])} cannot be compared with {baseline}'s: the data, the tokenizer, "
-            "the evaluation rows or the objective are not the same."
+            f"The losses of {_names(of[NOT_COMPARABLE])} cannot be compared with {baseline}'s: the data, the "
+            "tokenizer, the evaluation rows or the objective are not the same."
         )
     for choice, about in rows:
         said += _lost_seeds(choice, about)
