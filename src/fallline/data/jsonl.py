@@ -24,8 +24,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +34,11 @@ from ..catalog import Card
 from ..errors import InputError
 from ..noise import key
 from ..options import option
-from .conversation import Chat, Marked, Plain, marked, parse, special_tokens, start_tokens, tokenized
+from .conversation import Chat, Plain, parse
 from .dataset import Dataset, check_vocab, padding
 from .documents import Document, contents
-from .lines import Line, LineOptions, located, read_examples, some_of
+from .labelled import labelled
+from .lines import Line, LineOptions, read_examples, some_of
 from .packed import PackedSource, pack_whole
 from .tokenizer import learned_tokenizer
 
@@ -52,7 +52,6 @@ CARD = Card(
 )
 
 _WHAT = "data 'jsonl'"
-_AT_ONCE = 256  # lines tokenized at once
 
 log = logging.getLogger("fallline")
 
@@ -168,47 +167,33 @@ def encode(lines: Lines, tokenizer: PreTrainedTokenizerBase, length: int) -> Enc
     Raises:
         InputError: a line that cannot be rendered, which is named; no label in any.
     """
-    specials = special_tokens(tokenizer)
-    bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    before = start_tokens(tokenizer)
     tokens: list[NDArray[np.uint32]] = []
     asked: list[NDArray[np.bool_]] = []
     examples: list[tuple[int, int, int]] = []  # start, size, line
     truncated, left_out, total, characters = [], [], 0, 0
-    for first in range(0, len(lines), _AT_ONCE):
-        batch = lines[first : first + _AT_ONCE]
-        texts = [_marked(line, tokenizer, specials) for line in batch]
-        characters += sum(len(text) for text, _ in texts)
-        for number, parts in enumerate(tokenized(texts, tokenizer), first):
-            example = lines[number].example
-            if isinstance(example, Plain):
-                parts = [(bos if example.prompt is None else before) + parts[0], parts[1] + eos]
-            ids = np.fromiter(chain.from_iterable(parts), np.uint32)
-            learned = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
-            if isinstance(example, Plain) and example.prompt is None:
-                starts = range(0, len(ids) - 1, length - 1)
-            else:
-                cut = len(ids) > length
-                ids, learned = ids[:length], learned[:length]
-                starts = range(1 if learned[1:].any() else 0)
-                if cut and starts:
-                    truncated.append(number)
-            if not starts:
-                left_out.append(number)
-                continue
-            examples += [(total + start, min(length, len(ids) - start), number) for start in starts]
-            tokens.append(ids)
-            asked.append(learned)
-            total += len(ids)
+    found = labelled([(line.where, line.example) for line in lines], tokenizer, _WHAT)
+    for number, (ids, learned, letters) in enumerate(found):
+        characters += letters
+        example = lines[number].example
+        if isinstance(example, Plain) and example.prompt is None:
+            starts = range(0, len(ids) - 1, length - 1)
+        else:
+            cut = len(ids) > length
+            ids, learned = ids[:length], learned[:length]
+            starts = range(1 if learned[1:].any() else 0)
+            if cut and starts:
+                truncated.append(number)
+        if not starts:
+            left_out.append(number)
+            continue
+        examples += [(total + start, min(length, len(ids) - start), number) for start in starts]
+        tokens.append(ids)
+        asked.append(learned)
+        total += len(ids)
     if not examples:
         raise InputError(f"{_WHAT}: no example has a label within 'length' = {length} tokens; give a larger 'length'")
     start, size, line = np.array(examples, np.int64).T
     return Encoded(np.concatenate(tokens), np.concatenate(asked), start, size, line, truncated, left_out, characters)
-
-
-def _marked(line: Line[Plain | Chat], tokenizer: PreTrainedTokenizerBase, specials: Any) -> Marked:
-    with located(_WHAT, line.where):
-        return marked(line.example, tokenizer, specials)
 
 
 def _held_out(lines: Lines, encoded: Encoded, config: Config) -> NDArray[np.bool_]:

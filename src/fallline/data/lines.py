@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from ..errors import InputError
 from ..options import option
 from .dataset import DataOptions
-from .files import find_files, read_lines
+from .files import File, find_files, read_lines
 
 T = TypeVar("T")
 
@@ -73,7 +73,14 @@ def read_examples(config: LineOptions, what: str, parse: Callable[[str], T]) -> 
     files = [file for file in find_files(_listed(config.path), ("jsonl",), what) if file.path.resolve() not in apart]
     if not files:
         raise InputError(f"{what}: 'validation_path' holds out all files of 'path'; nothing is left to train on")
-    for file, apart_from_training in (*((file, False) for file in files), *((file, True) for file in held_out)):
+    for group, apart_from_training in ((files, False), (held_out, True)):
+        for where, example in read_files(group, what, parse):
+            yield Line(where, example, apart_from_training)
+
+
+def read_files(files: Iterable[File], what: str, parse: Callable[[str], T]) -> Iterator[tuple[str, T]]:
+    """The examples of some files, in order, with the file and line where each stands; see `read_examples`."""
+    for file in files:
         blank = True
         for number, line in read_lines(file.path, what):
             if not line.strip():
@@ -84,7 +91,7 @@ def read_examples(config: LineOptions, what: str, parse: Callable[[str], T]) -> 
                     raise InputError("a JSON array begins; give an object on each line, as jq -c '.[]' would write it")
                 example = parse(line)
             blank = False
-            yield Line(where, example, apart_from_training)
+            yield where, example
         if blank and file.itself:
             raise InputError(f"{what}: the file {file.path} is empty or blank")
 

@@ -22,7 +22,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +32,11 @@ from ..catalog import Card
 from ..errors import InputError
 from ..noise import key
 from ..options import option
-from .conversation import Chat, Marked, Plain, marked, special_tokens, start_tokens, tokenized
+from .conversation import Chat, Plain
 from .dataset import Dataset, check_vocab, padding
 from .documents import Document, contents
-from .lines import Line, LineOptions, located, read_examples, some_of
+from .labelled import labelled
+from .lines import Line, LineOptions, read_examples, some_of
 from .paired import PairedSource, pack_pairs
 from .pairs import Pair, parse_pair
 from .tokenizer import learned_tokenizer
@@ -51,7 +51,6 @@ CARD = Card(
 )
 
 _WHAT = "data 'preference'"
-_AT_ONCE = 128  # lines tokenized at once
 
 log = logging.getLogger("fallline")
 
@@ -152,42 +151,28 @@ def encode(lines: Sequence[Line[Pair]], tokenizer: PreTrainedTokenizerBase, leng
     Raises:
         InputError: a line that cannot be rendered, which is named; no pair can be used.
     """
-    specials = special_tokens(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    before = start_tokens(tokenizer)
     tokens: list[NDArray[np.uint32]] = []
     asked: list[NDArray[np.bool_]] = []
     pairs: list[tuple[int, int, int, int]] = []  # start, size, second, line
     long, equal, unlearned, total, characters = [], [], [], 0, 0
-
-    def sequence(example: Plain | Chat, parts: list[list[int]]) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        if isinstance(example, Plain):
-            parts = [before + parts[0], parts[1] + eos]
-        learned = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
-        learned[:1] = False  # nothing comes before it
-        return np.fromiter(chain.from_iterable(parts), np.uint32), learned
-
-    for first in range(0, len(lines), _AT_ONCE):
-        batch = lines[first : first + _AT_ONCE]
-        answers = [(line, example) for line in batch for example in (line.example.chosen, line.example.rejected)]
-        texts: list[Marked] = []
-        for line, example in answers:
-            with located(_WHAT, line.where):
-                texts.append(marked(example, tokenizer, specials))
-        characters += sum(len(text) for text, _ in texts)
-        found = [sequence(e, parts) for (_, e), parts in zip(answers, tokenized(texts, tokenizer), strict=True)]
-        for number, ((a, a_asked), (b, b_asked)) in enumerate(zip(found[::2], found[1::2], strict=True), first):
-            if not (a_asked.any() and b_asked.any()):
-                unlearned.append(number)
-            elif len(a) + len(b) > length:
-                long.append(number)
-            elif np.array_equal(a, b):
-                equal.append(number)
-            else:
-                pairs.append((total, len(a) + len(b), len(a), number))
-                tokens += [a, b]
-                asked += [a_asked, b_asked]
-                total += len(a) + len(b)
+    answers = [(line.where, answer) for line in lines for answer in (line.example.chosen, line.example.rejected)]
+    found = labelled(answers, tokenizer, _WHAT)
+    for number, (a, b) in enumerate(zip(found, found, strict=True)):  # two at a time
+        characters += a.characters + b.characters
+        size = len(a.ids) + len(b.ids)
+        for answer in (a, b):
+            answer.asked[:1] = False  # nothing comes before it
+        if not (a.asked.any() and b.asked.any()):
+            unlearned.append(number)
+        elif size > length:
+            long.append(number)
+        elif np.array_equal(a.ids, b.ids):
+            equal.append(number)
+        else:
+            pairs.append((total, size, len(a.ids), number))
+            tokens += [a.ids, b.ids]
+            asked += [a.asked, b.asked]
+            total += size
     if not pairs:
         raise InputError(
             f"{_WHAT}: no pair can be used: of {len(lines)}, {len(long)} are longer than 'length' = {length} tokens, "
