@@ -30,6 +30,9 @@ the sequences 0, 1, … of its example a token belongs to, −1 for padding), `d
 may not be parted; a group lies together), `position_ids` (restarts at 0 where a document, or a sequence of an example,
 begins). In a packed batch an example column may not begin with the shape of `segment`."""
 
+FORGET, RETAIN = 0, 1
+"""The streams of unlearning, in the column `domain`."""
+
 Signals = dict[str, Tensor]
 """What a step learned, by the names of the table in docs/contracts.md, on the device, read lazily.
 
@@ -119,7 +122,8 @@ class Change:
 class Source(Protocol):
     """Examples by id. `len(source)` examples; `rows` [rows + 1] says that packed row r holds the examples
     rows[r] … rows[r + 1] − 1, and is None where each example is a row of its own. May also have `unit`, what one
-    example is, such as ``line``, where no two examples are of the same one; empty where they may be."""
+    example is, such as ``line``, where no two examples are of the same one; empty where they may be; and `streams`,
+    which rows are of which stream (`name`, `first`, `stop`) and the `share` of a step's rows that each shall have."""
 
     @property
     def rows(self) -> Tensor | None: ...
@@ -132,8 +136,9 @@ class Source(Protocol):
 
 
 class Sampler(Protocol):
-    """Which examples. May also have `prepare(run, batch) → batch`, `reads` with `observe(run, signals)`, and state; and
-    `rate`, the probability with which every example is drawn, independently of all others, at every step."""
+    """Which examples. May also have `prepare(run, batch) → batch`, `reads` with `observe(run, signals)`, and state;
+    `rate`, the probability with which every example is drawn, independently of all others, at every step; and
+    `by_stream = True`: every step has the share of each stream that the source states."""
 
     def draw(self, step: int, rng: torch.Generator) -> Draw: ...
 
@@ -142,11 +147,12 @@ class Objective(Protocol):
     """Scores a batch on the model: an `nn.Module` whose parameters are trained and whose buffers are state.
 
     May also have `prepare(run, batch) → batch`, `reads` and `observe(run, signals)`; `reference = True`, which asks for
-    `run.reference`, the model as the run began; and `columns`, name → shape beyond [B] of the float64 columns that
-    `prepare` adds and `forward` needs, for whoever sizes a forward without preparing. In `forward` the batch carries
-    ``share/TERM`` [B], the derivative of the loss by each value, for kernels that form gradients in the forward. Rows
-    outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`. `trade_off`
-    names two measures of an evaluation that a comparison draws against each other.
+    `run.reference`, the model as the run began; `hold(reference)`, where `forward` itself asks the reference, for
+    whoever sizes a forward (`check` does it in a run); and `columns`, name → shape beyond [B] of the float64 columns
+    that `prepare` adds and `forward` needs, for whoever sizes a forward without preparing. In `forward` the batch
+    carries ``share/TERM`` [B], the derivative of the loss by each value, for kernels that form gradients in the
+    forward. Rows outside a term's stream have value and count 0. With `couples = "group"` every batch has `group_id`.
+    `trade_off` names two measures of an evaluation that a comparison draws against each other.
     """
 
     couples: ClassVar[Couples]
