@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fallline.data.paired import PairedSource, pack_pairs
+from fallline.data.streams import Part, StreamedSource, joined
 
 WORDS, LENGTH, PAD = 40, 32, 0
 
@@ -49,6 +50,25 @@ def source(pairs: list[tuple[Sequence, Sequence]], length: int = LENGTH) -> Pair
     return pack_pairs(
         np.concatenate(tokens), np.concatenate(asked), start, size, sizes[:, 0], np.arange(len(pairs)), length, PAD
     )
+
+
+def streamed(forget: list[tuple[Sequence, ...]], retain: list[tuple[Sequence, ...]]) -> StreamedSource:
+    """Examples of one or two sequences each, in two streams."""
+    examples = [*forget, *retain]
+    tokens = [np.array(prompt + answer, np.uint32) for one in examples for prompt, answer in one]
+    asked = [np.arange(len(p) + len(a)) >= len(p) for one in examples for p, a in one]
+    size = np.array([sum(len(p) + len(a) for p, a in one) for one in examples])
+    second = np.array([sum(map(len, one[0])) for one in examples])
+    start = np.cumsum(size) - size
+
+    def part(which: slice) -> PairedSource:
+        return pack_pairs(
+            np.concatenate(tokens), np.concatenate(asked), start[which], size[which], second[which],
+            np.arange(len(examples))[which], LENGTH, PAD,
+        )  # fmt: skip
+
+    lost, kept = slice(0, len(forget)), slice(len(forget), None)
+    return joined([Part("forget", 0, 0.5, part(lost)), Part("retain", 1, 0.5, part(kept))])
 
 
 def order_of(found: PairedSource) -> list[int]:

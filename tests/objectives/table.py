@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .rows import Row, likelihood
+from .rows import Row, likelihood, unlearning
 
-ROWS: list[Row] = [*likelihood.ROWS]
+ROWS: list[Row] = [*likelihood.ROWS, *unlearning.ROWS]

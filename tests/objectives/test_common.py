@@ -20,7 +20,9 @@ from fallline import cross_entropy
 from fallline.catalog import entries, find
 from fallline.contracts import Batch
 from fallline.gradients import backprop, per_example
+from fallline.isolation import isolated
 from fallline.optim import create
+from fallline.reference import Reference
 from fallline.step import Run, take_step
 from fallline.tokens import twice_differentiable
 from preference_rules import ROWS as PAIRS
@@ -39,10 +41,12 @@ class Capped(GPT2LMHeadModel):
         return CausalLMOutput(logits=4 * torch.tanh(self.lm_head(hidden) / 4))
 
 
-def made(kind: type[Any] = GPT2LMHeadModel, dtype: torch.dtype = torch.float64, words: int = WORDS) -> Any:
+def made(
+    kind: type[Any] = GPT2LMHeadModel, dtype: torch.dtype = torch.float64, words: int = WORDS, seed: int = 0
+) -> Any:
     """A model that computes in float64 from end to end, as Llama's norms do not; some words are a hundred times as
     probable as others."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     size = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": None, "eos_token_id": None}
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = kind(GPT2Config(vocab_size=words, tie_word_embeddings=False, **size, **rates)).double()
@@ -52,10 +56,17 @@ def made(kind: type[Any] = GPT2LMHeadModel, dtype: torch.dtype = torch.float64, 
     return model.to(dtype)
 
 
-def built(row: Row, **changes: Any) -> nn.Module:
+def beginning(words: int = WORDS) -> Reference:
+    """A model that is not the one that is trained, as the one that the run began with."""
+    return Reference(made(words=words, seed=1), f"another of {words} words")
+
+
+def built(row: Row, words: int = WORDS, **changes: Any) -> nn.Module:
     module = find("objective", row.id).load()
-    objective: nn.Module = module.build(module.Config(**row.options | changes))
-    return objective
+    objective: Any = module.build(module.Config(**row.options | changes))
+    if getattr(objective, "reference", False):
+        objective.hold(beginning(words))
+    return objective  # type: ignore[no-any-return]
 
 
 def batch_of(row: Row, objective: Any, packed: bool = False, dtype: torch.dtype = torch.float64) -> Batch:
@@ -64,6 +75,8 @@ def batch_of(row: Row, objective: Any, packed: bool = False, dtype: torch.dtype 
     batch = row.source()(drawn, torch.Generator())
     batch |= {"example_id": drawn.ids, "weight": drawn.weight.double()}
     batch = {name: c.to(dtype) if c.is_floating_point() else c for name, c in batch.items()}
+    if getattr(objective, "columns", {}):
+        batch = objective.prepare(SimpleNamespace(reference=beginning()), batch)
     counts = objective.count(batch)
     return batch | {f"share/{term}": batch["weight"] / count.sum() for term, count in counts.items()}
 
@@ -82,7 +95,11 @@ def truth(row: Row, objective: Any, model: Any) -> tuple[dict[str, Tensor], Tens
     """The reference's values, and the loss that the step would make of them."""
     batch = batch_of(row, objective)
     config = find("objective", row.id).load().Config(**row.options)
-    value = row.reference(model(batch["input_ids"]).logits, batch, config)
+    logits = model(**isolated(model, batch)).logits
+    if getattr(objective, "reference", False):
+        with torch.no_grad():
+            batch["reference_logits"] = made(seed=1)(**isolated(model, batch)).logits
+    value = row.reference(logits, batch, config)
     return value, torch.stack([(v * batch[f"share/{term}"]).sum() for term, v in value.items()]).sum()
 
 
@@ -102,6 +119,7 @@ def run(row: Row, model: Any, *, micro: int = 8, packed: bool = False, parts: An
         "optimizer": optimizer,
         "schedule": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10),
         "parts": parts or {},
+        "reference": beginning(),
     }
     return Run(model=model, micro=micro, **given | words)
 
@@ -288,17 +306,25 @@ def test_full_logits_never_exist_and_products_are_those_promised(row: Row, monke
     monkeypatch.setattr(cross_entropy, "LEAST_CHUNK", 5)
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 1)
     words = 400
-    model, objective = made(dtype=torch.float32, words=words), built(row)
+    model, objective = made(dtype=torch.float32, words=words), built(row, words)
     batch = batch_of(row, objective, dtype=torch.float32)
     with torch.no_grad():
-        objective(model, batch)  # tries the head
-    hidden = model.transformer(batch["input_ids"]).last_hidden_state.detach().requires_grad_()
+        objective(model, batch)  # tries the heads
+    began: Any = getattr(objective, "_reference", None)
+    if began is not None:  # its decoder runs, its head is what counts
+        said = began._model.transformer(**isolated(model, batch)).last_hidden_state
+        rows = (batch["domain"] == 1).nonzero().squeeze(1)
+        monkeypatch.setattr(
+            began._model, "get_decoder", lambda: lambda **_: SimpleNamespace(last_hidden_state=said[rows])
+        )
+    hidden = model.transformer(**isolated(model, batch)).last_hidden_state.detach().requires_grad_()
     monkeypatch.setattr(model, "get_decoder", lambda: lambda **_: SimpleNamespace(last_hidden_state=hidden))
-    labels = int((batch["labels"] >= 0).sum())
+    asked = objective.asked(batch) if hasattr(objective, "asked") else batch["labels"]
+    labels = int((asked >= 0).sum())
     with Sizes() as sizes, FlopCounterMode(display=False) as counter:
         loss_of(objective, model, batch).backward()
     assert max(sizes.seen) == words * model.config.n_embd  # a gradient of the head's
-    assert counter.get_total_flops() == row.products * 2 * labels * words * model.config.n_embd
+    assert counter.get_total_flops() == (row.products * labels + row.more(batch)) * 2 * words * model.config.n_embd
 
 
 @each

@@ -231,7 +231,9 @@ def test_speed_is_that_of_real_passes(monkeypatch: pytest.MonkeyPatch):
     assert found.step(told, 4) - found.step(told, 3) == pytest.approx(told.flops / found.flops)
 
 
-@pytest.mark.parametrize(("adapter", "objective"), [("none", "dpo"), ("lora", "kto")])
+@pytest.mark.parametrize(
+    ("adapter", "objective"), [("none", "dpo"), ("lora", "kto"), ("none", "kl-retain"), ("lora", "npo")]
+)
 def test_a_reference_is_a_second_model_or_the_same_without_its_adapter(adapter: str, objective: str):
     recipe = "model: {name: llama, preset: tiny}\ndata: {name: python-docs, length: 32}\nsteps: 2\nbatch: 2"
     shape = config("llama", 3)

@@ -6,7 +6,8 @@ examples it gives what each example is worth in each term:
 
     reference(logits [R, L, V] float64, batch, options) → {term: [B]}
 
-Its gradient is taken by autograd, through logits that exist in full.
+Its gradient is taken by autograd, through logits that exist in full. Where the objective asks the model as the run
+began, the batch has `reference_logits` [R, L, V].
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Row:
         options: a setting in which all of its terms take part.
         changes: option → another value, which must change the gradient; every option of the method is there.
         source: makes its examples. draw: of all of them, packed or not. The step cuts them as it likes.
-        products: of 2 N V D operations, that its head takes in forward and backward.
+        products: of 2 N V D operations, that its head takes in forward and backward for N labels that are asked.
+        more: of 2 V D operations, beyond those.
         name: of the row, where a method has several.
     """
 
@@ -88,6 +90,7 @@ class Row:
     source: Callable[[], Any] = Texts
     draw: Callable[[bool], Draw] = draw
     products: int = 3
+    more: Callable[[Batch], int] = lambda batch: 0
     name: str = ""
 
     def __str__(self) -> str:

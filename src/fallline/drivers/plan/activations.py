@@ -16,6 +16,7 @@ differ is traced whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ...adapters.layers import inject
+from ...adapters.layers import disabled, inject
 from ...cross_entropy import IGNORED, planned_for
 from ...footprint import Held, Shapes
 from ...metrics import Clock
 from ...models.base import ModelOptions, finish
 from ...problem import Problem
 from ...recipe import Choice
+from ...reference import Reference
 from ...tokens import assume_plain_head
 
 Phase = Literal["forward", "loss", "backward", "gradients"]
@@ -175,7 +177,10 @@ def _trace(asked: Pass, layers: int | None) -> Traced:
         adapter = asked.adapter.module.build(asked.adapter.options)
         if adapter is not None:
             inject(model, adapter, seed=0)
-        objective: nn.Module = asked.objective.module.build(asked.objective.options)
+        objective: Any = asked.objective.module.build(asked.objective.options)
+        if getattr(objective, "reference", False) and hasattr(objective, "hold"):
+            # the model itself: of the same sizes, and nothing is copied
+            objective.hold(Reference(model, "", (lambda model: nullcontext()) if adapter is None else disabled))
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         question = problem(asked, model, objective, params, torch.device("cpu"))
         seen = Marks(held, model, params)
@@ -249,6 +254,7 @@ def problem(
         "position_ids": half.expand(rows, length).clone(),
         "segment": place + 2 * torch.arange(rows).unsqueeze(1),
         "side": (half >= (length + 3) // 4).long().expand(rows, length).clone(),  # each of two sequences, for pairs
+        "domain": torch.arange(2 * rows) % 2,
         "example_id": torch.arange(2 * rows),
         "weight": torch.ones(2 * rows),
     }

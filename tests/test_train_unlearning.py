@@ -1,0 +1,74 @@
+"""`fallline train` on what to forget and what to keep: to the end, and killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fallline import checkpoint
+from launcher import Launcher
+
+STEPS = 4
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    lines = {
+        "forget": [(f"What is {i} plus {i % 7}?", f"It is {i + i % 7}.") for i in range(20)],
+        "retain": [(f"What is the name of {i}?", f"It is named {i}.") for i in range(20)],
+    }
+    for name, pairs in lines.items():
+        rows = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "refusals.txt").write_text("No idea.\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "model: {name: llama, preset: tiny}\n"
+        f"data: {{name: unlearning, forget: {tmp_path}/forget.jsonl, retain: {tmp_path}/retain.jsonl, length: 96, "
+        "vocab: 300}\noptimizer: {name: adamw, lr: 3e-3}\n"
+        f"steps: {STEPS}\nbatch: 6\nmicro: 2\nsample: 0\neval: {{every: 3}}\ncheckpoint: {{every: 1, keep: 2}}\n"
+    )
+    return path
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "memory")} for line in lines]
+
+
+def test_a_run_and_the_same_killed_and_resumed(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ("train", str(recipe), "objective=npo", "objective.keep=kl", "--quiet", "--force")
+    ended = fallline(*arguments, f"out={whole}")
+    assert ended.code == 0, ended.output
+    found = records(whole)
+    assert found[0]["val_loss"] == pytest.approx(20 * math.log(2), abs=1e-5), "the model is its own reference"
+    assert found[1]["retain_kl"] == pytest.approx(0, abs=1e-6)
+    assert found[-1]["val_loss"] < found[0]["val_loss"]
+    assert found[-1]["forget_nll"] > found[1]["forget_nll"] + 0.3
+    for attempt, die in enumerate(((checkpoint.POINTS[2], 2), None)):
+        resume = ("--resume",) if attempt else ()
+        ended = fallline(*arguments, f"out={killed}", *resume, die_at=die)
+        assert ended.code == (-signal.SIGKILL if die else 0), ended.output
+    assert records(killed) == found
+    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
+    assert state[0].read_bytes() == state[1].read_bytes()
+
+
+def test_refusals_are_learned_and_what_is_missing_is_told(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
+    arguments = ("train", str(recipe), "--quiet", "--force", "adapter=lora")
+    refused = fallline(*arguments, "objective=flat", f"out={tmp_path / 'a'}")
+    assert refused.code == 2
+    assert "give data: {refusals: …}" in refused.output
+    ended = fallline(
+        *arguments, "objective=idk", f"data.refusals={tmp_path}/refusals.txt", f"out={tmp_path / 'b'}", "micro=6"
+    )
+    assert ended.code == 0, ended.output
+    found = records(tmp_path / "b")
+    assert found[-1]["refusal_nll"] < found[1]["refusal_nll"]
+    assert found[-1]["retain_nll"] < found[1]["retain_nll"]
