@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fallline import Recipe
+from fallline.contracts import STREAMS
 from fallline.drivers.evaluation import Measures, evaluate, evaluation, passed
 from fallline.drivers.setting import build
 from fallline.drivers.train import train
@@ -90,6 +91,29 @@ batch: 2
         setting.run.model.eval()
         each = -sequence_logps(setting.run.model, batch).sum(0) / sequence_counts(batch).sum(0)
     assert [found["nll"], found["rejected"]] == pytest.approx(each.tolist(), rel=1e-6)
+
+
+def test_streams_are_measured_apart(tmp_path: Path) -> None:
+    (tmp_path / "forget.jsonl").write_text(LINES)
+    (tmp_path / "retain.jsonl").write_text(LINES.replace("and", "with"))
+    yaml = f"""
+{TINY}
+data: {{name: unlearning, forget: {tmp_path}/forget.jsonl, retain: {tmp_path}/retain.jsonl, length: 64, vocab: 300}}
+objective: graddiff
+steps: 2
+batch: 2
+"""
+    setting = build(Recipe.parse(yaml))
+    rows = setting.dataset.validation
+    found = evaluation(setting.run, rows, None, ("nll", "exact"), {})["measures"]
+    assert list(found) == ["forget/nll", "retain/nll", "forget/exact", "retain/exact"]
+    batch = next(rows.batches(100))
+    setting.run.model.eval()
+    with torch.no_grad():
+        value, count = -sequence_logps(setting.run.model, batch)[:, 0], sequence_counts(batch)[:, 0]
+    for code, name in STREAMS.items():
+        mine = batch["domain"] == code
+        assert found[f"{name}/nll"] == pytest.approx(float(value[mine].sum() / count[mine].sum()), rel=1e-6)
 
 
 def test_other_data_is_measured_and_written(yaml: str, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ begins). In a packed batch an example column may not begin with the shape of `se
 FORGET, RETAIN = 0, 1
 """The streams of unlearning, in the column `domain`."""
 
+STREAMS = {FORGET: "forget", RETAIN: "retain"}
+"""Their names."""
+
 Signals = dict[str, Tensor]
 """What a step learned, by the names of the table in docs/contracts.md, on the device, read lazily.
 

@@ -8,7 +8,8 @@ That is the validation loss, and measures that do not depend on the objective:
               probability of its labels, averaged over examples: no sampling is needed
     rejected  nll of the second sequences of pairs; the others are of the first ones
 
-An example of which no label is asked has no part in them.
+An example of which no label is asked has no part in them. Of data with streams each is measured by itself: forget/nll,
+retain/nll.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Batch, Draw
+from ..contracts import STREAMS, Batch, Draw
 from ..errors import InputError
 from ..noise import rng, seed_forward
 from ..objectives.causal import Causal
@@ -51,12 +52,20 @@ class Measures:
         for name in self.names:
             if name.startswith("pass@"):
                 told[name] = passed(value[:, 0], int(name.removeprefix("pass@"))) * asked[:, 0], asked[:, 0]
-            both = torch.stack([part.double().sum() for part in told[name]])
-            self._sums[name] = self._sums.get(name, 0) + both
+            for stream, of_stream in streams(batch).items():
+                both = torch.stack([(part * of_stream).double().sum() for part in told[name]])
+                self._sums[stream + name] = self._sums.get(stream + name, 0) + both
 
     def values(self) -> dict[str, float]:
-        """What was asked for, by name."""
-        return {name: float(value / count.clamp(min=1)) for name, (value, count) in self._sums.items()}
+        """What was asked for, by name; nothing of a stream without examples."""
+        return {name: float(value / count) for name, (value, count) in self._sums.items() if count > 0}
+
+
+def streams(batch: Batch) -> dict[str, Tensor]:
+    """What is put before the names of measures of each stream of a batch, and which examples [B] are of it."""
+    if "domain" not in batch:
+        return {"": torch.ones_like(batch["example_id"], dtype=torch.bool)}
+    return {f"{name}/": batch["domain"] == code for code, name in STREAMS.items()}
 
 
 def passed(s: Tensor, samples: int) -> Tensor:

@@ -71,6 +71,7 @@ class Forgetting(nn.Module):
     sides: ClassVar[tuple[int, ...]] = (ANSWER,)
     reference: ClassVar[bool] = False
     columns: ClassVar[dict[str, tuple[int, ...]]] = {}
+    trade_off: ClassVar[tuple[str, str]] = ("forget/nll", "retain/nll")
 
     def __init__(
         self, config: Any, *, multiple: float | None = None, keep: float = 0.0, divergence: bool = False
