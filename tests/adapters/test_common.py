@@ -33,7 +33,7 @@ def fit(row: Row, model: Any, steps: int = 5) -> list[float]:
     ids = tokens()
     model.train()
     torch.manual_seed(0)  # dropout's
-    optimizer = create("adamw", model, lr=row.rate, weight_decay=0.01)
+    optimizer = create("adamw", model, lr=row.rate, betas=(0.9, 0.999), weight_decay=0.01)
     follow(model, optimizer)
     losses = []
     for step in range(steps):

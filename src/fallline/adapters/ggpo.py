@@ -5,7 +5,8 @@
 
 Norms are over all layers together. At the first step there is no momentum, and θ̃ = θ. The step ahead is inside the
 forward in training, a constant to the gradient: θ is never touched, so nothing has to be restored, one forward and one
-backward suffice, and outside training nothing is perturbed. ‖θ̃ − θ‖ = ρ/ḡ is the larger the flatter the loss is.
+backward suffice, and outside training nothing is perturbed. ‖θ̃ − θ‖ = ρ/ḡ grows without bound as gradients vanish:
+what could be fitted exactly is not.
 
 Cost: LoRA's, one more copy of A and B (m) that is kept and saved, and A and B once more in each layer's forward.
 """

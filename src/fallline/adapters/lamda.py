@@ -47,8 +47,8 @@ CARD = Card(
     checked=(
         "value and gradients in float64, also with part of B frozen; A and B against the decomposition; in a run the "
         "columns that are frozen are the same bits ever after, with AdamW and decay, and what is trained falls to r²; "
-        "fewer bytes kept for the backward than LoRA; a run interrupted at any point ends with the same bits; PEFT "
-        "checkpoints with equal logits; effect not shown"
+        "fewer bytes kept for the backward than LoRA; a run interrupted twice, amid freezing, ends with the same bits; "
+        "PEFT checkpoints with equal logits; effect not shown"
     ),
     departures=(
         "the abstract and summaries say: leading singular vectors, B frozen step by step by singular value. That C "

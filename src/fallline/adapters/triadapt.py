@@ -46,8 +46,8 @@ CARD = Card(
     checked=(
         "value, gradients and scores in float64 after several growths; growing changes no output beyond rounding and "
         "every new matrix then learns; layers and numbers of both thresholds against a form written apart; Σ r ends "
-        "between R layers and a block for each layer that grew last; a run interrupted at any point ends with the same "
-        "bits; PEFT checkpoints with equal logits, each layer with its rank; effect not shown"
+        "between R layers and a block for each layer that grew last; a run interrupted twice, amid growth, ends with "
+        "the same bits; PEFT checkpoints with equal logits, each layer with its rank; effect not shown"
     ),
     departures=(
         "the paper's text could not be had, nor is there code of the authors: sums, thresholds and constants are those "
