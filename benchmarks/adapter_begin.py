@@ -2,7 +2,7 @@
 
     python benchmarks/adapter_begin.py
 
-For each adapter that begins from gradients or inputs: the peak of the process while it begins, on 8 batches of the size
+For each adapter that begins from gradients or inputs: the peak of the process while it begins, on 2 batches of the size
 it is trained with, and while it takes three steps with torch's fused AdamW; each in a process of its own, above what it
 held before the model. The promise is that beginning never takes more.
 """
@@ -23,7 +23,7 @@ from fallline.tokens import token_losses
 from harness import peak_memory, save
 from lora_step import base
 
-BATCHES, TIMES = 8, 3
+BATCHES, TIMES = 2, 1
 SHAPES = {"2 × 128": (2, 128), "1 × 128": (1, 128)}
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora-ga": {"rank": 16},
