@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "gradients": ("estimator",),
     "optim": ("optimizer",),
     "schedules": ("schedule",),
-    "probes": ("probe", "audit"),
+    "probes": ("probe", "audit", "inspection"),
 }
 KINDS = tuple(kind for kinds in ROOMS.values() for kind in kinds)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -326,6 +326,23 @@ def _override(tree: dict[str, Node], text: str) -> None:
         pass  # the method the recipe already has: its options stay
     else:
         tree[head] = Node(_relocate(read, where), where)
+
+
+def settings_of(texts: Sequence[str]) -> dict[str, Any]:
+    """What ``key=value`` texts say, the values read as a recipe's are.
+
+    Raises:
+        InputError: one is no such text, a key is given twice, or a value is not YAML.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"an option is key=value, got {text!r}")
+        if key in found:
+            raise InputError(f"{key!r} is given twice (in {text!r})")
+        found[key] = _plain(_read(value, text))
+    return found
 
 
 def _relocate(value: Any, where: str) -> Any:

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 
-from fallline.adapters import attach, disabled, follow, load, merge, save
+from fallline.adapters import attach, disabled, follow, load, merge, save, scaled
 from fallline.adapters.between import between
 from fallline.adapters.layers import adapted
 from fallline.catalog import entries
@@ -102,6 +102,30 @@ def test_after_training_all_ways_agree(row: Row, make: Any, tmp_path: Path) -> N
     torch.testing.assert_close(logits(load(make(), tmp_path)), tuned, rtol=1e-4, atol=1e-5)
     merge(model)
     torch.testing.assert_close(logits(model), tuned, rtol=1e-4, atol=2e-5)
+
+
+@every
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_scaled_by_a_factor_the_change_is_what_is_scaled(row: Row, make: Any) -> None:
+    """At 0 and 1 to the bit; between them, and merged there, as the dense change says."""
+    plain = logits(make())
+    model = row.on(make())
+    fit(row, model)
+    tuned, dense = logits(model), make().eval()
+    for path, layer in adapted(model).items():
+        change = layer.methods["default"].delta(layer.adapters["default"], layer.matrix).detach()
+        dense.get_submodule(path).weight.data += 0.3 * (change if make is llama else change.t())
+    for factor, wanted in ((0, plain), (1, tuned)):
+        with scaled(model, factor):
+            assert torch.equal(logits(model), wanted)
+    with scaled(model, 0.3):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=2e-5)
+    assert torch.equal(logits(model), tuned)
+    with scaled(model, 0.3):
+        merge(model)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=2e-5)
+    with pytest.raises(InputError, match="merged into the weights"), scaled(model, 0.5):
+        pass
 
 
 @every

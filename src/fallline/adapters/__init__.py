@@ -9,5 +9,6 @@ fallline.adapters.merge(model)  # or: add it into the weights
 from .begin import attach
 from .layers import activate, disabled, follow, merge, names, remove, unmerge
 from .peft import load, save
+from .scaling import scaled
 
-__all__ = ["activate", "attach", "disabled", "follow", "load", "merge", "names", "remove", "save", "unmerge"]
+__all__ = ["activate", "attach", "disabled", "follow", "load", "merge", "names", "remove", "save", "scaled", "unmerge"]

@@ -150,14 +150,20 @@ def parser() -> argparse.ArgumentParser:
     audit = commands.add_parser(
         "audit",
         allow_abbrev=False,
-        help="how well can be told from a trained model what it was trained on",
+        help="what a trained model gives away, and what training did to it",
         description="Membership inference: score members and non-members, and report ROC, AUC and TPR at low FPR: "
-        "fallline audit runs/mine --members trained.jsonl --non-members held-out.jsonl",
+        "fallline audit runs/mine --members trained.jsonl --non-members held-out.jsonl. Or an inspection of the "
+        "weights or answers: fallline audit runs/mine --inspect intruder top=20",
         epilog=EPILOG,
     )
-    audit.add_argument("run", metavar="RUN", help="the folder of a run")
-    audit.add_argument("--members", metavar="FILE", required=True, help="JSON Lines that the run was trained on")
-    audit.add_argument("--non-members", metavar="FILE", required=True, help="such as it was not, otherwise alike")
+    audit.add_argument("run", metavar="RUN", help="the folder of a run; to inspect also an adapter's or a model's")
+    audit.add_argument("options", metavar="key=value", nargs="*", help="options of what --inspect names")
+    audit.add_argument("--members", metavar="FILE", help="JSON Lines that the run was trained on")
+    audit.add_argument("--non-members", metavar="FILE", help="such as it was not, otherwise alike")
+    audit.add_argument(
+        "--inspect", metavar="ID", help="in place of the two: intruder, refusal-drift (fallline methods inspection)"
+    )
+    audit.add_argument("--base", metavar="MODEL", help="to inspect a model that does not say what it was made from")
     audit.add_argument(
         "--methods",
         metavar="a,b",
@@ -165,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("--out", metavar="FOLDER", help="where the report goes (default: RUN/audit)")
     audit.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU when there is one)")
-    audit.add_argument("--batch", type=int, default=8, metavar="N", help="packed rows at a time (default: 8)")
+    audit.add_argument("--batch", type=int, metavar="N", help="packed rows at a time (default: 8)")
 
     export = commands.add_parser(
         "export",
@@ -270,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         last = rest[-1]
         if (len(rest) == 1 and (not last.startswith("-") or " " in last)) or (len(rest) == 2 and rest[0] == "--"):
             args.prompt, rest = last, []
-    if rest and (args.command not in ("train", "compare") or any(word.startswith("-") for word in rest)):
+    if rest and (args.command not in ("train", "compare", "audit") or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="fallline: %(message)s", level=logging.WARNING)
     try:
@@ -313,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "audit":
             from .audit import audit
 
-            return audit(args, sys.argv[1:] if argv is None else argv)
+            return audit(args, [*args.options, *rest], sys.argv[1:] if argv is None else argv)
         if args.command == "export":
             from .export import export
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
+from .drawing import Look, key, keys, looks, path, text
 from .figures import fixed
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -19,7 +19,6 @@ WIDTH, HEIGHT = 480, 420
 LEFT, RIGHT, TOP, BOTTOM = 52, 466, 10, 370
 """Of a chart and of its frame, in pixels."""
 
-DASHES = ("", "7 3", "2 3", "9 3 2 3")
 BETWEEN = 24
 """Points drawn within a sloped piece of a curve, which is bent where the axis is logarithmic."""
 
@@ -40,13 +39,9 @@ def page(record: Mapping[str, Any], curves: Mapping[str, Curve]) -> str:
     """
     non_members = record["files"]["non_members"]["used"]
     least = 10.0 ** math.floor(math.log10(1 / non_members))
-    looks = {id: (f"var(--c{k % 8})", DASHES[(k + k // 8) % 4]) for k, id in enumerate(curves)}
-    key = "".join(
-        f'<li><svg width="34" height="10" aria-hidden="true">{_path("M0,5H34", look)}</svg> {html.escape(id)}</li>'
-        for id, look in looks.items()
-    )
+    drawn_as = looks(curves)
     charts = "".join(
-        f"<div><h3>{title}</h3>{_chart(title, curves, looks, low)}</div>"
+        f"<div><h3>{title}</h3>{_chart(title, curves, drawn_as, low)}</div>"
         for title, low in (("Linear", None), ("Logarithmic in false positives", least))
     )
     kept = {name: value for name, value in record.items() if name not in ("scores", "results", "remarks")}
@@ -76,8 +71,8 @@ Those of blind and mia-supervised are somewhat too narrow: the classifiers that 
 A score is high for what looks like a member; loss is the plain negative loss, blind sees words and lengths but no
 model.</p>
 </section>
-<section><h2>ROC</h2><ul class="key">{key}</ul><div class="panels" style="{wide}">{charts}</div></section>
-<section><h2>Record</h2><details><summary>Run, versions, files and hashes</summary>{_keys(kept)}</details></section>
+<section><h2>ROC</h2>{key(drawn_as)}<div class="panels" style="{wide}">{charts}</div></section>
+<section><h2>Record</h2><details><summary>Run, versions, files and hashes</summary>{keys(kept)}</details></section>
 <footer>The score of every example is in audit.json, in the same folder.</footer>
 </main>
 </body>
@@ -124,22 +119,7 @@ def _table(record: Mapping[str, Any]) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _keys(tree: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value)}</td></tr>' for key, value in _flat(tree)
-    )
-    return f'<div class="scroll"><table class="keys"><tbody>{rows}</tbody></table></div>'
-
-
-def _flat(tree: Mapping[str, Any], head: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{head}{key}.")
-        else:
-            yield f"{head}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _chart(title: str, curves: Mapping[str, Curve], looks: Mapping[str, tuple[str, str]], least: float | None) -> str:
+def _chart(title: str, curves: Mapping[str, Curve], drawn_as: Mapping[str, Look], least: float | None) -> str:
     """The curves, and what guessing would give; with `least`, from that false positive rate on and logarithmic."""
     if least is None:
         at = [k / 5 for k in range(6)]
@@ -159,16 +139,16 @@ def _chart(title: str, curves: Mapping[str, Curve], looks: Mapping[str, tuple[st
     parts = []
     for rate in at:
         parts.append(f'<line class="grid" x1="{x(rate):.1f}" y1="{TOP}" x2="{x(rate):.1f}" y2="{BOTTOM}"/>')
-        parts.append(_text(x(rate), BOTTOM + 17, f"{rate:g}", "middle"))
+        parts.append(text(x(rate), BOTTOM + 17, f"{rate:g}", "middle"))
     for rate in (k / 5 for k in range(6)):
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y(rate):.1f}" x2="{RIGHT}" y2="{y(rate):.1f}"/>')
-        parts.append(_text(LEFT - 7, y(rate) + 4, f"{rate:g}", "end"))
-    parts.append(_text((LEFT + RIGHT) / 2, BOTTOM + 38, "false positive rate", "middle"))
+        parts.append(text(LEFT - 7, y(rate) + 4, f"{rate:g}", "end"))
+    parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "false positive rate", "middle"))
     middle = (TOP + BOTTOM) / 2
     turned = f'transform="rotate(-90 14 {middle})"'
     parts.append(f'<text class="tick" x="14" y="{middle}" text-anchor="middle" {turned}>true positive rate</text>')
     parts.append(f'<path class="cross" d="{drawn(((0, 1), (0, 1)))}" fill="none"/>')
-    parts += [_path(drawn(curve), looks[id], id) for id, curve in curves.items()]
+    parts += [path(drawn(curve), drawn_as[id], id) for id, curve in curves.items()]
     return (
         f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="ROC, {title.lower()}">'
         f"{''.join(parts)}</svg></div>"
@@ -186,14 +166,3 @@ def _bent(curve: Curve, least: float | None) -> Iterable[tuple[float, float]]:
                 rate = start * (c / start) ** (k / BETWEEN)
                 yield rate, b + (rate - a) / (c - a) * (d - b)
         yield c, d
-
-
-def _path(d: str, look: tuple[str, str], title: str = "") -> str:
-    color, dash = look
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    named = f"<title>{html.escape(title)}</title>" if title else ""
-    return f'<path d="{d}" fill="none" style="stroke:{color}" stroke-width="2"{dashed}>{named}</path>'
-
-
-def _text(x: float, y: float, content: str, anchor: str) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
