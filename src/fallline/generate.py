@@ -84,8 +84,7 @@ def _tokens(
     top_k: int | None,
     last: set[int],
 ) -> Iterator[int]:
-    # The head on all of a long prompt would take more memory than the rest of the model.
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    keep = last_only(model)
     cache = None
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -104,6 +103,20 @@ def _tokens(
     finally:
         for module in training:
             module.training = True
+
+
+def last_only(model: Any) -> dict[str, int]:
+    """What has a model give the logits of the last position only, where it knows how: the head on all of a long prompt
+    would take more memory than the rest of the model."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@torch.no_grad()
+def following(model: Any, ids: Sequence[int]) -> Tensor:
+    """The logits [V] of the token after `ids`, of a model in evaluation mode."""
+    answer = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, **last_only(model))
+    logits: Tensor = answer.logits[0, -1]
+    return logits
 
 
 def pick(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> int:
