@@ -192,6 +192,7 @@ def test_refused_in_one_line(home: Path, tmp_path: Path, capsys: pytest.CaptureF
             '{"prompt": 3}',
             "'prompt' must be a text or, for a model with a chat template, messages, got a number",
         ),
+        ("half", '{"prompt": "\\ud800"}', "half a surrogate pair"),
         ("end", '{"prompt": "a <end>"}', "the prompt spells out '<end>', a special token"),
         ("answer", '{"prompt": "a", "completion": 1}', "'completion' must be a text, got a number"),
         ("long", json.dumps({"prompt": "w1 " * 40}), "the prompt makes 41 tokens, the model has room for 31"),

@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--members", metavar="FILE", help="JSON Lines that the run was trained on")
     audit.add_argument("--non-members", metavar="FILE", help="such as it was not, otherwise alike")
     audit.add_argument(
-        "--inspect", metavar="ID", help="in place of the two: intruder, refusal-drift (fallline methods inspection)"
+        "--inspect", metavar="ID", help="in place of the two; which there are: fallline methods inspection"
     )
     audit.add_argument("--base", metavar="MODEL", help="to inspect a model that does not say what it was made from")
     audit.add_argument(

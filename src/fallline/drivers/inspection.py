@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from .. import __version__, adapters
 from ..adapters.layers import KINDS, adapted, wide
 from ..catalog import find
-from ..data.conversation import Marked, kind_of, messages_field, read_fields, special_tokens, start_tokens, tokenized
+from ..data.conversation import (
+    Marked,
+    hash_of,
+    kind_of,
+    messages_field,
+    read_fields,
+    special_tokens,
+    start_tokens,
+    tokenized,
+)
 from ..data.files import find_files, read_lines
 from ..data.lines import located
 from ..errors import InputError, StorageError
@@ -239,6 +248,7 @@ class Asked:
             InputError: no JSON object with a prompt, or the template refuses it; without saying where.
         """
         fields = read_fields(line, '{"prompt": …} or {"prompt": …, "completion": …}')
+        hash_of(fields)  # refuses texts that are none
         prompt, completion = fields.get("prompt"), fields.get("completion")
         if completion is not None and not isinstance(completion, str):
             raise InputError(f"'completion' must be a text, got {kind_of(completion)}")

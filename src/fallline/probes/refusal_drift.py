@@ -195,9 +195,9 @@ class RefusalDrift:
             lost = sum(told["refused"][0] and not told["refused"][-1] for told in examples[side])
             new = sum(told["refused"][-1] and not told["refused"][0] for told in examples[side])
             said.append(
-                f"Of {n} prompts that should {should}, the base refuses {estimate(rows[0][side]['refused'])} and the "
-                f"model at λ = {last['scale']:g} {estimate(last[side]['refused'])}: {lost} no longer, {new} that the "
-                "base does not."
+                f"Of {n} prompts that should {should}, the base refuses {estimate(rows[0][side]['refused'])}; at "
+                f"λ = {last['scale']:g} it is {estimate(last[side]['refused'])}: {lost} no longer, {new} that the base "
+                "does not."
             )
             if n < USUAL:
                 _, low, high = wilson(n // 2, n)
