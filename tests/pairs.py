@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fallline.catalog import find
+from fallline.contracts import Draw
+from fallline.data.packed import whole_rows
 from fallline.data.paired import PairedSource, pack_pairs
 from fallline.data.streams import Part, StreamedSource, joined
+from fallline.reference import Reference
+from fallline.step import Run
+from step.helpers import make
 
 WORDS, LENGTH, PAD = 40, 32, 0
 
@@ -91,3 +97,28 @@ def batch_of(found: PairedSource, rows: int | None = None) -> dict[str, Tensor]:
     """All its examples in one batch, in the order of `order_of`."""
     (batch,) = found.batches(len(found.rows) - 1 if rows is None else rows)
     return batch
+
+
+def objective(id: str, **options: Any) -> Any:
+    module = find("objective", id).load()
+    return module.build(module.Config.from_mapping(options, id))
+
+
+class Whole:
+    """Every example, in packed rows or one a row."""
+
+    def __init__(self, found: Any, packed: bool) -> None:
+        self.found, self.packed = found, packed
+
+    def draw(self, step: int, rng: torch.Generator) -> Draw:
+        drawn = whole_rows(self.found.rows, torch.arange(len(self.found.rows) - 1))
+        weight = 1 + torch.arange(len(drawn.ids)) % 3
+        return Draw(drawn.ids, weight.float(), drawn.row if self.packed else None)
+
+
+def run(made: Any, found: Any, micro: int, packed: bool = True, net: Any = None, **more: Any) -> Run:
+    """A run over all pairs, with a reference that is another model."""
+    return make(
+        net=llama() if net is None else net, objective=made, source=found, sampler=Whole(found, packed), micro=micro,
+        reference=Reference(llama(seed=1), "another"), **more,
+    )  # fmt: skip

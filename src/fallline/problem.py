@@ -16,6 +16,7 @@ from .contracts import STEP_GIVES, Batch, Loss, Signals
 from .errors import InputError, NonFiniteError, nearest
 from .noise import seed_forward
 from .ranks import all_ints, all_rows, all_scalars, all_sum, rank, world
+from .sequences import overheard
 from .tokens import twice_differentiable
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class Problem:
         if i not in self._first:
             self._first[i] = Loss(_detached(value), _detached(loss.metrics))
         return {term: v * share[term] for term, v in value.items()}
+
+    def answers(self, i: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Micro-batch i's table, and the log-probabilities of each example's sequences [b, K] of which it is made.
+
+        Raises:
+            InputError: the objective asked for none, or more than once.
+        """
+        with overheard() as told:
+            table = self.table(i)
+        if len(told) != 1:
+            raise InputError(f"the objective asks {len(told)} times for the log-probabilities of answers, must be once")
+        return table, told[0]
 
     def rows(self, i: int) -> Tensor:
         """Micro-batch i's part of the loss by example, [b]."""

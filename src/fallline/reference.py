@@ -103,11 +103,17 @@ class Reference:
 @contextmanager
 def asking(model: nn.Module) -> Iterator[None]:
     """Inside, a model is asked without gradient and dropout; afterwards it is in the mode in which it was."""
+    with evaluating(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout is off; afterwards the model is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

@@ -249,10 +249,11 @@ def denominators(run: Run, batch: Batch, draw: Draw, dtype: torch.dtype, example
     return dict(zip(counts, torch.where(total == 0, 1, total).unbind(), strict=True)) | {"": whole}
 
 
-def take_step(run: Run) -> Signals:
-    """One step of training. Returns what it learned."""
-    for part in run.parts.values():
-        run.remap(part.before_step(run) if hasattr(part, "before_step") else ())
+def ask(run: Run) -> tuple[Batch, Problem, int]:
+    """Draw and prepare: this step's batch, its problem, and the number of positions in it on all ranks.
+
+    It follows from seed, step and state, so that a part may ask too.
+    """
     params = run.trainable()
     if not params:
         raise InputError("there is nothing to train: no parameter requires a gradient")
@@ -276,11 +277,18 @@ def take_step(run: Run) -> Signals:
     if run.objective.couples == "batch" and (len(micro) > 1 or world() > 1):
         raise InputError("this objective couples all examples of a batch: run it on one rank with micro equal to batch")
 
-    readers = run.readers()
-    want = frozenset().union(*(reader.reads for reader in readers.values()))
+    want = frozenset().union(*(reader.reads for reader in run.readers().values()))
     positions = sum(b["input_ids"].numel() for b in micro if "input_ids" in b)
     sizes, tokens = zip(*all_ints(len(batch["example_id"]), positions, device=run.device), strict=True)
     problem = Problem(run, micro, denominators(run, batch, draw, dtype, sum(sizes)), params, sizes, want)
+    return batch, problem, sum(tokens)
+
+
+def take_step(run: Run) -> Signals:
+    """One step of training. Returns what it learned."""
+    for part in run.parts.values():
+        run.remap(part.before_step(run) if hasattr(part, "before_step") else ())
+    batch, problem, tokens = ask(run)
     if getattr(run.optimizer, "needs_closure", False):
         run.optimizer.step(problem)
     else:
@@ -291,8 +299,9 @@ def take_step(run: Run) -> Signals:
     signals = problem.signals
     rate = run.optimizer.param_groups[0]["lr"]
     signals["lr"] = rate.clone() if isinstance(rate, Tensor) else torch.tensor(rate)
-    signals["tokens"] = torch.tensor(sum(tokens))
-    signals["example_id"] = all_rows(batch["example_id"], sizes)
+    signals["tokens"] = torch.tensor(tokens)
+    signals["example_id"] = all_rows(batch["example_id"], problem.sizes)
+    readers = run.readers()
     run.schedule.step(*([signals] if "schedule" in readers else []))
     for name in ("sampler", "objective"):
         if name in readers:

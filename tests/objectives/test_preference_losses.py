@@ -12,14 +12,12 @@ from torch import Tensor
 
 from fallline.catalog import find
 from fallline.contracts import Draw
-from fallline.data.packed import whole_rows
 from fallline.errors import InputError
 from fallline.gradients.per_example import PerExampleNorms
 from fallline.objectives.kto import Z
 from fallline.objectives.margin import REFERENCE, pairs
-from fallline.reference import Reference
-from fallline.step import Run, take_step
-from pairs import batch_of, draws, llama, logps, order_of, source
+from fallline.step import take_step
+from pairs import batch_of, draws, llama, logps, objective, order_of, run, source
 from preference_rules import ROWS, P
 from step.helpers import assert_left_as_found, gradients, make
 from step.toys import Texts
@@ -33,11 +31,6 @@ kinds = pytest.mark.parametrize("id", ["dpo", "cpo", "sppo", "kto"])  # one term
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FALLLINE_CACHE", str(tmp_path / "cache"))
-
-
-def objective(id: str, **options: Any) -> Any:
-    module = find("objective", id).load()
-    return module.build(module.Config.from_mapping(options, id))
 
 
 def values(number: int = 40) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,26 +65,6 @@ def test_value_and_slopes_are_the_equations(id: str, options: dict[str, Any]) ->
         assert {k: v[b].item() for k, v in got.items()} == pytest.approx(true, rel=1e-10, abs=1e-12)
         assert (-slopes[b, 0].item(), slopes[b, 1].item()) == pytest.approx((d_w, d_l), rel=1e-9, abs=1e-12)
     assert torch.autograd.gradcheck(lambda logp: tuple(made.link(pairs(logp, n, columns)).values()), logp)
-
-
-class Whole:
-    """Every example, in packed rows or one a row."""
-
-    def __init__(self, found: Any, packed: bool) -> None:
-        self.found, self.packed = found, packed
-
-    def draw(self, step: int, rng: torch.Generator) -> Draw:
-        drawn = whole_rows(self.found.rows, torch.arange(len(self.found.rows) - 1))
-        weight = 1 + torch.arange(len(drawn.ids)) % 3
-        return Draw(drawn.ids, weight.float(), drawn.row if self.packed else None)
-
-
-def run(made: Any, found: Any, micro: int, packed: bool = True, **more: Any) -> Run:
-    """A run over all pairs, with a reference that is another model."""
-    return make(
-        net=llama(), objective=made, source=found, sampler=Whole(found, packed), micro=micro,
-        reference=Reference(llama(seed=1), "another"), **more,
-    )  # fmt: skip
 
 
 @kinds

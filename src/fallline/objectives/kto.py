@@ -78,6 +78,7 @@ class KTO(Margin):
     """See the module docstring."""
 
     terms: ClassVar[TERMS] = {"chosen": "pairs", "rejected": "pairs"}
+    compares: ClassVar[frozenset[str]] = frozenset()
     reference: ClassVar[bool] = True
 
     @property

@@ -87,12 +87,15 @@ class Margin(nn.Module):
     Attributes:
         terms: term → what of a pair it counts.
         reference: whether the link sees log π_ref.
+        compares: the terms in which the one answer's slope comes with the other's; the rest asks something of an answer
+            by itself.
     """
 
     couples: ClassVar[Couples] = "none"
     trade_off: ClassVar[tuple[str, str]] = ("nll", "rejected")
     terms: ClassVar[TERMS] = {"pair": "pairs"}
     reference: ClassVar[bool] = False
+    compares: ClassVar[frozenset[str]] = frozenset({"pair"})
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -59,6 +59,7 @@ class SPPO(Margin):
     """See the module docstring."""
 
     terms: ClassVar[TERMS] = {"chosen": "pairs", "rejected": "pairs"}
+    compares: ClassVar[frozenset[str]] = frozenset()
     reference: ClassVar[bool] = True
 
     def link(self, p: Pairs) -> dict[str, Tensor]:

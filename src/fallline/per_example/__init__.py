@@ -15,15 +15,16 @@ each parameter's gradients take, of their two forms, the one that costs less.
 """
 
 from .check import check
-from .engine import PerExample
+from .engine import PerExample, grads_aside
 from .head import HeadGradients, Piece, pieces
 from .layers import known
 from .layout import Spans
-from .readers import Along, Dots, Norms, Reader, Sketch
+from .readers import Along, Beside, Dots, Norms, Reader, Sketch
 from .watch import Use, Watch, linear, vectors, watching
 
 __all__ = [
     "Along",
+    "Beside",
     "Dots",
     "HeadGradients",
     "Norms",
@@ -35,6 +36,7 @@ __all__ = [
     "Use",
     "Watch",
     "check",
+    "grads_aside",
     "known",
     "linear",
     "pieces",

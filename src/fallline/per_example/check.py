@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .engine import PerExample
+from .engine import PerExample, grads_aside
 from .readers import Norms
 
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -30,20 +30,14 @@ def check(engine: PerExample, batch: Mapping[str, Tensor] | int, rows: Callable[
     """
     if not engine.params:
         return
-    before = {name: p.grad for name, p in engine.params.items()}
     norms = Norms()
-    for p in engine.params.values():
-        p.grad = None
-    try:
+    with grads_aside(engine.params.values()):
         with engine.watch(batch, norms, keep=True):
             losses = rows()
             if not losses.requires_grad:
                 return
             losses.sum().backward()
         own = torch.autograd.grad(rows()[at], list(engine.params.values()), allow_unused=True)
-    finally:
-        for name, p in engine.params.items():
-            p.grad = before[name]
     true = {n: g.double().square().sum().item() for n, g in zip(engine.params, own, strict=True) if g is not None}
     found = {name: squared[at].item() for name, squared in norms.squared.items()}
     if not all(math.isfinite(v) for v in true.values()):

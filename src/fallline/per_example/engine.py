@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -108,6 +108,19 @@ class PerExample:
                 vars(layer).pop("forward", None)
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def grads_aside(params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters have no `.grad`; afterwards they have the ones they had."""
+    before = [(p, p.grad) for p in params]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
 
 
 class _Forward:

@@ -69,6 +69,21 @@ class Dots:
         self.total = self.total + torch.bmm(by_row, by_row.transpose(1, 2)).sum(0)
 
 
+class Beside:
+    """Inner products of examples 0 and 1, 2 and 3, …, such as the two answers of a pair.
+
+    Attributes:
+        total: [B / 2], in at least float32.
+    """
+
+    def begin(self, number: int, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        self.total = torch.zeros(number // 2, device=device)
+
+    def take(self, name: str, rows: slice, block: Tensor) -> None:
+        both = block.unflatten(0, (-1, 2)).to(wide(block.dtype))
+        self.total = self.total + (both[:, 0] * both[:, 1]).sum(2).sum(1)
+
+
 class Along:
     """Inner products with a direction, such as the gradient on validation data.
 
