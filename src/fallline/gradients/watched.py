@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..contracts import Batch
 from ..per_example import PerExample, check
@@ -32,16 +33,26 @@ class Watched:
             self._tried = False
         return self._engine
 
-    def tried(self, problem: Problem) -> PerExample:
+    def tried(
+        self,
+        problem: Problem,
+        view: Callable[[Batch], Batch] = lambda batch: batch,
+        rows: Callable[[int], Tensor] | None = None,
+    ) -> PerExample:
         """The same, after comparing one example of the first micro-batch that has two with an ordinary backward of it.
+
+        Args:
+            problem: the step's.
+            view: a micro-batch as the watch shall see it.
+            rows: what its examples then come to, of micro-batch i; None: their part of the loss.
 
         Raises:
             InputError: they differ.
         """
         engine = self.engine(problem.run)
-        for i, batch in enumerate(problem.micro):
+        for i, batch in enumerate(map(view, problem.micro)):
             if not self._tried and examples(batch) > 1:
-                check(engine, batch, partial(problem.rows, i), at=examples(batch) // 2)
+                check(engine, batch, partial(rows or problem.rows, i), at=examples(batch) // 2)
                 self._tried = True
         return engine
 
