@@ -127,7 +127,7 @@ def describe(kind: Any) -> str:
         several = {bool: "true or false", int: "whole numbers", float: "numbers", str: "texts"}
         number = "" if args[1:] == (...,) else f"{len(args)} "
         return f"a list of {number}{several.get(args[0]) or describe(args[0])}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "any value"}
     return names.get(kind, str(kind))
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "per_token",
     "plain_head",
     "token_losses",
+    "token_losses_and_hidden",
     "twice_differentiable",
 ]
 
@@ -60,12 +61,29 @@ def token_losses(
     Returns:
         [R, L], float32 or float64.
     """
-    inputs, labels = isolated(model, batch), batch["labels"]
-    if not plain_head(model, labels.device):
-        return full_cross_entropy(model(**inputs).logits, labels, rule)
+    if not plain_head(model, batch["labels"].device):
+        return full_cross_entropy(model(**isolated(model, batch)).logits, batch["labels"], rule)
+    return _through_head(model, batch, share, rule)[0]
+
+
+def token_losses_and_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and what the head reads, [R, L, D]."""
+    if plain_head(model, batch["labels"].device):
+        return _through_head(model, batch, None, None)
+    seen: list[Tensor] = []
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
-    return linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, share=share, rule=rule)
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        logits = model(**isolated(model, batch)).logits
+    return full_cross_entropy(logits, batch["labels"]), seen[-1]
+
+
+def _through_head(
+    model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | None, rule: TokenLoss | None
+) -> tuple[Tensor, Tensor]:
+    """Values, and hidden states, of a model with a plain head."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = model.get_decoder()(**isolated(model, batch)).last_hidden_state  # type: ignore[operator]
+    return linear_cross_entropy(hidden, head.weight, batch["labels"], bias=head.bias, share=share, rule=rule), hidden
 
 
 def mean_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

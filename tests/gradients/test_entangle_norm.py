@@ -148,7 +148,7 @@ def test_refusals() -> None:
     for made, message in (
         (objective("kto"), "each answer by itself; take dpo"),
         (objective("sppo"), "each answer by itself; take dpo"),
-        (causal.build(causal.Config()), "this objective has no pairs; take dpo"),
+        (causal.build(causal.Config()), "this objective is no function of two log-probabilities; take dpo"),
     ):
         with pytest.raises(InputError, match=rf"estimator 'entangle-norm' .* {message}"):
             run(made, source(draws()), 9, estimator=estimator())

@@ -102,7 +102,8 @@ class EntangleNorm:
         """
         objective = run.objective
         if not getattr(objective, "compares", ()):
-            found = "asks something of each answer by itself" if hasattr(objective, "compares") else "has no pairs"
+            alone = hasattr(objective, "compares")
+            found = "asks something of each answer by itself" if alone else "is no function of two log-probabilities"
             raise InputError(
                 f"{_WHAT} evens out the two sides of a margin, and this objective {found}; take dpo, or another that "
                 "compares the chosen answer with the rejected one"

@@ -145,7 +145,18 @@ class Margin(nn.Module):
         n = sequence_counts(batch)
         whole = (n > 0).all(1)
         p = pairs(sequence_logps(model, batch), n, {name: batch[name] for name in self.columns})
-        value = {term: torch.where(whole, v, 0) for term, v in self.link(p).items()}
+        return self.answer(self.link(p), p, whole, batch)
+
+    def answer(self, linked: Mapping[str, Tensor], p: Pairs, whole: Tensor, batch: Batch) -> Loss:
+        """The loss.
+
+        Args:
+            linked: what the link said, and further terms.
+            p: what the metrics are of.
+            whole: [B] bool, pairs without an answer that has no label; the others have no part.
+            batch: has ``share/TERM``, where somebody asks for metrics.
+        """
+        value = {term: torch.where(whole, v, 0) for term, v in linked.items()}
         share = next(
             (batch[f"share/{t}"] for t, what in self.terms.items() if what == "pairs" and f"share/{t}" in batch), None
         )
