@@ -66,15 +66,17 @@ def token_losses(
     return _through_head(model, batch, share, rule)[0]
 
 
-def token_losses_and_hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_losses_and_hidden(
+    model: nn.Module, batch: Mapping[str, Tensor], share: Tensor | None = None, rule: TokenLoss | None = None
+) -> tuple[Tensor, Tensor]:
     """`token_losses`, and what the head reads, [R, L, D]."""
     if plain_head(model, batch["labels"].device):
-        return _through_head(model, batch, None, None)
+        return _through_head(model, batch, share, rule)
     seen: list[Tensor] = []
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         logits = model(**isolated(model, batch)).logits
-    return full_cross_entropy(logits, batch["labels"]), seen[-1]
+    return full_cross_entropy(logits, batch["labels"], rule), seen[-1]
 
 
 def _through_head(

@@ -199,4 +199,4 @@ def test_prepare_leaves_all_as_found_and_refusals() -> None:
 def test_options_reach_the_masked_loss() -> None:
     assert made(options={"beta": 0.5}).masked.config.beta == 0.5
     assert made("simpo").reference is False
-    assert made().token_columns == ("reference_token_logp",)
+    assert list(made().token_columns(nn.Module())) == ["reference_token_logp"]

@@ -109,10 +109,9 @@ class EntangleMask(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, math.log(config.start / (1 - config.start)))
 
-    @property
-    def token_columns(self) -> tuple[str, ...]:
-        """Columns [R, L] float32 that `prepare` adds."""
-        return (TOKENS,) if self.reference else ()
+    def token_columns(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Columns [R, L] that `prepare` adds."""
+        return {TOKENS: ((), torch.float32)} if self.reference else {}
 
     def check(self, run: Run) -> None:
         """

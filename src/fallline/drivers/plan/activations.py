@@ -261,8 +261,9 @@ def problem(
     batch["labels"][:, -1] = IGNORED
     for name, shape in getattr(objective, "columns", {}).items():
         batch[name] = torch.zeros(2 * rows, *shape, dtype=torch.float64)
-    for name in getattr(objective, "token_columns", ()):
-        batch[name] = torch.zeros(rows, length)
+    told: Any = getattr(objective, "token_columns", lambda model: {})
+    for name, (shape, dtype) in told(model).items():
+        batch[name] = torch.zeros(rows, length, *shape, dtype=dtype)
     batch = {name: column.to(device) for name, column in batch.items()}
     run: Any = SimpleNamespace(  # what a problem asks of a run
         model=model, objective=objective, estimator=None, optimizer=None, parts={}, coefficients={}, clip=None,
