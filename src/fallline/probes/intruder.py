@@ -37,7 +37,8 @@ CARD = Card(
     checked="none where nothing changed; one planted rank-1 change is found as exactly one, at its place, 40 weights "
     "with Gaussian and decaying spectra; the same after multiplying both weights by an orthogonal matrix from the "
     "right; the count of PEFT's reduce_intruder_dimension layer by layer. A tiny Llama on the same data: a LoRA of "
-    "rank 1 at a high rate has intruders, full fine-tuning at a thirtieth of that rate none; not compared at tuned rates",
+    "rank 1 at a high rate has intruders, full fine-tuning at a thirtieth of that rate none; not compared at tuned "
+    "rates",
     departures="decomposes in float32 whatever the weights' dtype; the authors' script reads the base as float16. "
     "Clusters of nearly equal singular values (`width`) are ours; weights are W₀ + ΔW, not rounded as merging would; "
     "the repair, which only PEFT's LoRA has, is not here",
