@@ -92,6 +92,17 @@ def test_measures_are_columns(tmp_path: Path) -> None:
     assert {"exact", "docs/nll"} <= set(table(analysed).split("\n")[0].split())
 
 
+def test_the_last_measures_leave_where_there_is_no_room() -> None:
+    made = measured()
+    for c in made["choices"]:
+        for run in c["runs"]:
+            run["measures"] |= {f"another measure {n}": run["measures"]["exact"] for n in range(6)}
+    lines = table(analyse(made)).split("\n")
+    assert max(map(len, lines)) <= 110
+    assert "docs/nll" in lines[0]
+    assert "another measure 5" not in lines[0]
+
+
 def test_a_void_timing_is_no_number_in_csv(tmp_path: Path) -> None:
     write(tmp_path, analyse(apart()))
     assert {row["step_seconds"] for row in rows(tmp_path) if row["label"] == XSS} == {""}

@@ -67,9 +67,9 @@ def table(analysed: Mapping[str, Any]) -> str:
     filled = [(head, cells) for head, cells in columns if any(cells)]
     if _wide(filled) + SHORTEST_LABEL > WIDTH:
         filled = [(head, cells) for head, cells in filled if cells is not sparks]
-    for last in reversed(measures):
+    for _, last in reversed(measures):
         if _wide(filled) + SHORTEST_LABEL > WIDTH:  # the report has them
-            filled = [column for column in filled if column is not last]
+            filled = [(head, cells) for head, cells in filled if cells is not last]
     labels = [about["label"] for _, about in rows]
     space = max(SHORTEST_LABEL, WIDTH - _wide(filled))
     lines = _lines([("", [_shortened(label, space) for label in labels]), *filled])
