@@ -109,6 +109,10 @@ def test_what_is_too_long_is_cut_and_told(tmp_path: Path, own: Any, caplog: Any)
     assert "1 cut at the end" in caplog.text
     assert f"{tmp_path}/forget.jsonl:3" in caplog.text
     assert data.train.unit == ""
+    units = [
+        made(tmp_path, tokenizer, [fact(1)], [fact(2), fact(3), more], length=40).train.unit for more in (fact(4), text)
+    ]
+    assert units == ["line", ""]
     # beside a refusal an answer has the room that this leaves
     data = made(tmp_path, tokenizer, [long], length=60, refusals="No idea.")
     ((_, (answer, refusal)),) = told(data.train)

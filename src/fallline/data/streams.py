@@ -81,8 +81,9 @@ def joined(parts: Sequence[Part], alternating: bool = False) -> StreamedSource:
         domain.append(np.full(len(start[-1]), code, np.int64))
         ends.append(ends[-1] + len(start[-1]))
     upto = np.cumsum([0, *(len(part.source.rows) - 1 for part in parts)]).tolist()
+    unit = first.unit if all(part.source.unit == first.unit for part in parts) else ""
     streams = tuple(Stream(p.name, a, b, p.share) for p, a, b in zip(parts, upto, upto[1:], strict=False))
     return StreamedSource(
         first.tokens, np.concatenate(start), np.concatenate(size), torch.tensor(ends), first.length, first.pad,
-        first.asked, first.unit, np.concatenate(second), np.concatenate(domain), () if alternating else streams,
+        first.asked, unit, np.concatenate(second), np.concatenate(domain), () if alternating else streams,
     )  # fmt: skip
