@@ -23,6 +23,7 @@ from fallline.recipe import Recipe
 from fallline.step import Run, take_step
 
 
+@torch.no_grad()
 def reference(
     model: Any, pieces: list[Tensor], attention: str, size: int, made: dict[str, tuple[str, int, int]]
 ) -> Any:
@@ -47,7 +48,7 @@ def reference(
                 values = []
                 for h in range(heads):
                     rows = of[first + h * size : first + (h + 1) * size]
-                    largest = max(abs(float(x @ w)) for x in X for w in rows)
+                    largest = max(abs((x @ w).item()) for x in X for w in rows)
                     values.append(largest / (1 if one == "v" else size**0.25) / bound)
                 found.setdefault(path, {}).setdefault(one, {})[part] = values
     return found

@@ -34,11 +34,10 @@ CARD = Card(
     equation="c_j = max_i |u'_jᵀ u_i| over the left singular vectors of W₀; u'_j, j ≤ K', is an intruder where c_j < ε",
     needs=("a run, an adapter, or a model with --base",),
     flops="two thin singular value decompositions of every changed layer",
-    checked="none where nothing changed; one planted rank-1 change is found as exactly one, at its place, 40 weights "
+    checked="none where nothing changed; one planted rank-1 change is found as exactly one, at its place, 80 weights "
     "with Gaussian and decaying spectra; the same after multiplying both weights by an orthogonal matrix from the "
     "right; the count of PEFT's reduce_intruder_dimension layer by layer. A tiny Llama on the same data: a LoRA of "
-    "rank 1 at a high rate has intruders, full fine-tuning at a thirtieth of that rate none; not compared at tuned "
-    "rates",
+    "rank 1 at a high rate has intruders, full fine-tuning at a thirtieth of it none; not compared at tuned rates",
     departures="decomposes in float32 whatever the weights' dtype; the authors' script reads the base as float16. "
     "Clusters of nearly equal singular values (`width`) are ours; weights are W₀ + ΔW, not rounded as merging would; "
     "the repair, which only PEFT's LoRA has, is not here",
