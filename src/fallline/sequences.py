@@ -97,7 +97,7 @@ def slopes(table: Mapping[str, Tensor], logp: Tensor) -> dict[str, Tensor]:
         logp: [B, K].
 
     Raises:
-        InputError: a term has another gradient than by way of logp.
+        InputError: a term is trained, and not by way of logp.
     """
     found = {}
     for term, value in table.items():
