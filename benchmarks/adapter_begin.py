@@ -3,8 +3,9 @@
     python benchmarks/adapter_begin.py
 
 For each adapter that begins from gradients or inputs: the peak of the process while it begins, on 2 batches of the size
-it is trained with, and while it takes three steps with torch's fused AdamW; each in a process of its own, above what it
-held before the model. The promise is that beginning never takes more.
+it is trained with, and while it takes three steps with torch's fused AdamW, both with the model's own loss as a plain
+loop has it; each in a process of its own, above what it held before the model. The promise is that beginning never
+takes more.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ from fallline.adapters import attach
 from fallline.drivers.compare.meter import forget_peak
 from fallline.metrics import peak_memory as process_peak
 from fallline.metrics import resident_memory
-from fallline.tokens import token_losses
 from harness import peak_memory, save
 from lora_step import base
 
-BATCHES, TIMES = 2, 1
-SHAPES = {"2 × 128": (2, 128), "1 × 128": (1, 128)}
+BATCHES, ROWS, LENGTH = 2, 2, 128
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "lora-ga": {"rank": 16},
     "lora-sb": {"rank": 64},
@@ -32,9 +31,9 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def peaks_of(id: str, rows: int, length: int, what: str) -> int:
+def peak_of(id: str, what: str) -> int:
     """Bytes above the process before the model: while it begins, or while it is trained afterwards."""
-    ids = torch.randint(0, 49152, (BATCHES, rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 49152, (BATCHES, ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     before = resident_memory()
     model = base()
     forget_peak()
@@ -43,10 +42,8 @@ def peaks_of(id: str, rows: int, length: int, what: str) -> int:
         return process_peak() - before
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     forget_peak()
-    for batch in ids[:3]:
-        labels = batch.roll(-1, 1)
-        share = torch.full(batch.shape, 1 / batch.numel())
-        (token_losses(model, {"input_ids": batch, "labels": labels}, share) * share).sum().backward()
+    for batch in (*ids, ids[0]):
+        model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return process_peak() - before
@@ -56,27 +53,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peak", help="print the peak bytes of one of the two and stop")
     parser.add_argument("--adapter", choices=ADAPTERS)
-    parser.add_argument("--shape", choices=SHAPES)
     args = parser.parse_args()
     if args.peak:
-        print(peaks_of(args.adapter, *SHAPES[args.shape], args.peak))
+        print(peak_of(args.adapter, args.peak))
         return
     found: dict[str, Any] = {}
     for id in ADAPTERS:
-        for shape in SHAPES:
-            peaks = peak_memory(__file__, ("begin", "train"), "--adapter", id, "--shape", shape, times=TIMES)
-            found[f"{id}, rows {shape}"] = peaks | {"ratio": peaks["begin"] / peaks["train"]}
-            print(
-                f"{id:8} {shape}: begins {peaks['begin'] / 2**20:.0f} MiB, trains {peaks['train'] / 2**20:.0f} MiB",
-                flush=True,
-            )
+        peaks = peak_memory(__file__, ("begin", "train"), "--adapter", id)
+        found[id] = peaks | {"ratio": peaks["begin"] / peaks["train"]}
+        print(f"{id:8} begins {peaks['begin'] / 2**20:.0f} MiB, trains {peaks['train'] / 2**20:.0f} MiB", flush=True)
     sources = (
         "adapters/begin",
         "calibrate",
         "calibrate_inputs",
         *(f"adapters/{id.replace('-', '_')}" for id in ADAPTERS),
     )
-    print(save("adapter_begin", {"peaks": found}, [f"src/fallline/{name}.py" for name in sources]))
+    print(
+        save(
+            "adapter_begin",
+            {"tokens": [ROWS, LENGTH], "options": ADAPTERS, "peaks": found},
+            [f"src/fallline/{name}.py" for name in sources],
+        )
+    )
 
 
 if __name__ == "__main__":
