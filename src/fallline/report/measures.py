@@ -35,12 +35,13 @@ def measured(record: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
             if not values:
                 continue
             low, high = interval(list(pair.values()), made) if informative(pair) else (None, None)
-            difference = {"mean": statistics.fmean(pair.values()), "low": low, "high": high} if pair else None
+            mean = statistics.fmean(pair.values()) if pair else None
             of = sample(list(values.values()))
             text = {
                 "value": figures.loss(of["mean"], of["sd"]),
-                "difference": "" if difference is None else figures.difference(**difference),
+                "difference": "" if mean is None else figures.difference(mean, low, high),
             }
+            difference = None if mean is None else {"mean": mean, "low": low, "high": high}
             about[name] = of | {"difference": difference, "text": text, "path": path(choice, name)}
     return names, found
 
