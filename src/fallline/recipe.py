@@ -221,6 +221,11 @@ class Recipe:
         data = tree.get("data", Node({})).value
         if isinstance(data, dict) and "vocab" in data and recipe.model.module.Config.brings_tokenizer:
             raise InputError(f"data: 'vocab' has no effect, the model has a tokenizer; remove it{data['vocab'].where}")
+        if getattr(recipe.model.options, "quantise", None) and recipe.adapter.id == "none":
+            where = _as_mapping("model", tree["model"])["quantise"].where
+            raise InputError(
+                f"model: 'quantise' holds weights that cannot be trained; add an adapter, such as adapter: lora{where}"
+            )
         return recipe
 
     def to_mapping(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..options import Options, option
 
 Weight = Callable[[], Tensor]
-"""The adapted weight [m, n], made when it is called: it may be stored transposed or in fewer bits."""
+"""The adapted weight [m, n], made when it is called: it may be stored transposed or in fewer bits. Where it is made for
+one forward only, it has `again`, which makes it anew: what a backward needs of it is that, not the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ class Bat(Adapter):
         frozen = W()  # ΔW is formed after all: to go without takes m/r times the activations
         if frozen.requires_grad:  # thawed beside the adapter
             return F.linear(x, self.delta(P, W).to(x.dtype))
-        return block_linear(x, frozen, None, P.D, whole=False)
+        return block_linear(x, frozen, None, P.D, whole=False, again=getattr(W, "again", None))
 
     def linear(self, P: Any, x: Tensor, W: Weight, bias: Tensor | None, training: bool) -> Tensor:
         frozen = W()

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, nearest
 from ..noise import rng
+from ..quantised import Made, QuantisedLinear, frozen_linear
 from .base import Adapter
 
 ALL_LINEAR = "all-linear"
@@ -84,7 +85,31 @@ class AdaptedConv1D(Adapted, Conv1D):
         return t.t()
 
 
-KINDS: Mapping[type[nn.Module], type[Adapted]] = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D}
+class AdaptedQuantised(Adapted, QuantisedLinear):
+    """A linear layer in few bits, with adapters. They are applied beside it, not as one operation with it, which would
+    keep the whole weight for the backward."""
+
+    plain = QuantisedLinear
+
+    def matrix(self) -> Tensor:
+        return QuantisedLinear.matrix(self)
+
+    def turned(self, t: Tensor) -> Tensor:
+        return t
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = Made(self.matrix)
+        y = frozen_linear(x, W, self.bias)
+        for name in self.active:
+            y = y + self.methods[name].apply(self.adapters[name], x, W, self.training)
+        return y
+
+
+KINDS: Mapping[type[nn.Module], type[Adapted]] = {
+    nn.Linear: AdaptedLinear,
+    Conv1D: AdaptedConv1D,
+    QuantisedLinear: AdaptedQuantised,
+}
 
 
 def inject(model: nn.Module, adapter: Adapter, *, name: str = "default", seed: int) -> None:
@@ -150,6 +175,8 @@ def put(model: nn.Module, chosen: Mapping[str, Adapter], name: str, *, seed: int
             )
     for path, method in chosen.items():  # refused before anything is changed
         method.shapes(*sizes(layers[path])), method.frozen(*sizes(layers[path]))
+        if isinstance(layers[path], QuantisedLinear):
+            refuse_gradients(method)
     common = commons(layers, next(iter(chosen.values())), seed)
     for path, method in chosen.items():
         layer = layers[path]
@@ -180,15 +207,19 @@ def commons(layers: Mapping[str, nn.Module], method: Adapter, seed: int) -> nn.M
     found = method.shared([sizes(layer) for layer in layers.values()], noise_of("shared", seed))
     if not found:
         return None
-    W = cast(Tensor, next(iter(layers.values())).weight)
+    first = next(iter(layers.values()))
+    W = cast(Tensor, first.weight)
+    dtype = first.dtype if isinstance(first, QuantisedLinear) else W.dtype
     common = nn.Module()
     for key, t in found.items():
-        common.register_buffer(key, t.to(W.device, W.dtype), persistent=False)
+        common.register_buffer(key, t.to(W.device, dtype), persistent=False)
     return common
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
     """m and n of a linear layer's weight."""
+    if isinstance(layer, QuantisedLinear):
+        return layer.out_features, layer.in_features
     a, b = cast(Tensor, layer.weight).shape
     return (b, a) if isinstance(layer, Conv1D) else (a, b)
 
@@ -201,6 +232,19 @@ def refuse_merged(model: nn.Module) -> None:
     """
     if any(layer.merged for layer in adapted(model).values()):
         raise InputError("adapters are merged into the weights; unmerge them first, or remove all")
+
+
+def refuse_gradients(method: Adapter) -> None:
+    """Of a method for weights in few bits.
+
+    Raises:
+        InputError: it begins from their gradients.
+    """
+    if method.needs == "gradient":
+        raise InputError(
+            f"adapter {method.id!r} begins from gradients of the weights, which quantised weights do not have; take "
+            "lora, or leave out 'quantise'"
+        )
 
 
 def wide(W: Tensor) -> torch.dtype:
@@ -311,11 +355,18 @@ def merge(model: nn.Module, *, keep: bool = False) -> None:
         keep: keep the old weights too, as much memory again, so that `unmerge` brings them back bit for bit.
 
     Raises:
-        InputError: there is nothing to merge, or a weight is used elsewhere too (a tied head).
+        InputError: there is nothing to merge, a weight is used elsewhere too (a tied head), or weights are quantised:
+            what rounding to few bits takes away is larger than most adapters' changes.
     """
     layers = {path: layer for path, layer in adapted(model).items() if layer.active and not layer.merged}
     if not layers:
         raise InputError("there is no active adapter to merge")
+    few = next(((path, layer) for path, layer in layers.items() if isinstance(layer, QuantisedLinear)), None)
+    if few is not None:
+        raise InputError(
+            f"the weight of {few[0]} is quantised to {few[1].kind}, too coarse to merge into; save the adapter, and "
+            "merge it into the model in full precision (of a run: fallline export RUN --merge)"
+        )
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for p in module.parameters(recurse=False):

@@ -21,7 +21,8 @@ from ..folders import readable
 from ..generate import positions
 from ..models.loading import quietly
 from ..noise import rng
-from .trained import Trained, open_trained
+from ..quantised import kind_of
+from .trained import Trained, in_full, open_trained
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """Largest difference of a logit, as a part of the largest logit, that may come of sums in another order and of rounding
@@ -40,6 +41,9 @@ class Exported:
         difference: largest difference between its logits and the trained model's.
         allowed: the most that this may be; 0 for a model that is copied.
         largest: the largest logit.
+        quantised: how the base was quantised beside which the adapter was trained; what is written is for the base in
+            full precision. Empty: it was not.
+        rounding: largest difference that this makes between logits of the trained model and of what is written.
     """
 
     kind: str
@@ -47,6 +51,8 @@ class Exported:
     difference: float
     allowed: float
     largest: float
+    quantised: str = ""
+    rounding: float = 0.0
 
 
 def export(name: str, out: str | Path, *, merge: bool = False) -> Exported:
@@ -55,7 +61,8 @@ def export(name: str, out: str | Path, *, merge: bool = False) -> Exported:
     Args:
         name: the folder of a run; with `merge` also that of a PEFT adapter.
         out: a folder that is not there or empty.
-        merge: add the adapter into the weights, in the base model's dtype, so that no adapter library is needed.
+        merge: add the adapter into the weights, in the base model's dtype, so that no adapter library is needed. Where
+            the base was quantised, they are loaded again and not quantised.
 
     Raises:
         InputError: `name` or `out` cannot be used, there is nothing to merge, or the run's checkpoint is damaged.
@@ -100,6 +107,11 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
     model: Any = trained.model
     ids = probe(model, len(trained.tokenizer))
     expected = logits(model, ids)
+    quantised, coarse = kind_of(model) or "", expected
+    if quantised:
+        trained = in_full(trained)
+        model = trained.model
+        expected = logits(model, ids)
     largest = float(expected.abs().max())
     rounding = TOLERANCE.get(model.dtype, 0.0) * largest
     if trained.adapter:  # a part of what it does, so that a lost adapter is no rounding; but not less than float32's
@@ -130,7 +142,7 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
             f"what was written does not compute what {trained.name} does: a logit differs by {difference:.2g} and may "
             f"by {allowed:.2g}; it was removed"
         )
-    return Exported(kind, loader, difference, allowed, largest)
+    return Exported(kind, loader, difference, allowed, largest, quantised, float((expected - coarse).abs().max()))
 
 
 def copy(source: Path, folder: Path) -> None:

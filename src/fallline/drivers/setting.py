@@ -15,13 +15,14 @@ import torch
 from .. import __version__
 from ..adapters.begin import Begin
 from ..adapters.between import Between
-from ..adapters.layers import disabled, follow, given, inject
+from ..adapters.layers import disabled, follow, given, inject, refuse_gradients
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
 from ..models.identity import fingerprint
 from ..optim.base import Named
 from ..optim.precision import DTYPES, low_precision, pick_precision
+from ..quantised import count
 from ..ranks import world
 from ..recipe import Recipe
 from ..reference import Reference
@@ -81,6 +82,10 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     clock = Clock(device)
+    adapter = recipe.adapter.module.build(recipe.adapter.options)
+    quantised = getattr(recipe.model.options, "quantise", None) is not None
+    if adapter is not None and quantised:
+        refuse_gradients(adapter)
 
     brought = recipe.model.module.tokenizer(recipe.model.options)
     dataset = recipe.data.module.build(recipe.data.options, brought)
@@ -98,7 +103,6 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         device=device,
     )
     content = fingerprint(model)
-    adapter = recipe.adapter.module.build(recipe.adapter.options)
     if adapter is not None:
         inject(model, adapter, seed=settings.seed)
     check_isolation(model)
@@ -144,7 +148,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     record = {
         "fallline": __version__,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: _version(name) for name in (*VERSIONS, *(["bitsandbytes"] if quantised else []))},
         "platform": platform.platform(),
         "processor": processor(),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -156,7 +160,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         "tokenizer": {"sha256": tokenizer_hash(dataset.tokenizer)},
         "model": {
             "sha256": content,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": count(model),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "architecture": type(model).__name__,
         },

@@ -148,8 +148,26 @@ def load(path: str, device: torch.device) -> Opened:
     return load_model(path, options, tokenizer=tokenizer, length=1, dtype=dtype, device=device), tokenizer
 
 
-def base_of_run(run: Path, folder: Path, device: torch.device) -> Opened:
+def in_full(trained: Trained) -> Trained:
+    """A run's adapter on its base as it was before it was quantised, on the CPU.
+
+    Args:
+        trained: opened by the run's folder, its base quantised.
+
+    Raises:
+        InputError: the base cannot be loaded.
+    """
+    assert trained.folder is not None
+    base = base_of_run(Path(trained.name), trained.folder, torch.device("cpu"), quantised=False)
+    return _adapted(trained.name, trained.folder, base)
+
+
+def base_of_run(run: Path, folder: Path, device: torch.device, *, quantised: bool = True) -> Opened:
     """The model that a run began with, and put its adapter on if it has one, built as the run built it.
+
+    Args:
+        run, folder: the run's folder, and that of its adapter. device: where to.
+        quantised: as it was; otherwise its weights as they were before that, which no hash is known of.
 
     Raises:
         InputError: it cannot be built, or is not what it was; run.json is damaged.
@@ -158,10 +176,12 @@ def base_of_run(run: Path, folder: Path, device: torch.device) -> Opened:
     recipe = Recipe.load(run)
     module = recipe.model.module
     options = replace(recipe.model.options, checkpointing=False, compile=False)  # these are for training
+    if not quantised:
+        options = replace(options, quantise=None)
     tokenizer = _tokenizer(folder) or module.tokenizer(options)
     length, seed = recipe.data.options.length, recipe.settings.seed
     model = module.build(options, tokenizer=tokenizer, length=length, seed=seed, dtype=record.dtype, device=device)
-    if fingerprint(model) != record.model:
+    if quantised and fingerprint(model) != record.model:
         base = getattr(options, "path", recipe.model.id)
         raise InputError(f"the model {base!r} that {run} began with has changed since; bring the old one back")
     return model, tokenizer

@@ -15,6 +15,7 @@ Cost: 6 T n m + 6 m n r floating-point operations for T tokens, forward and back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,14 @@ def gradient(W: Tensor, r: int, G: Tensor) -> Tensor:
     return torch.baddbmm(G.reshape(i, r, j, r).sum(2), rows.transpose(1, 2), G.reshape(i, r * j, r))
 
 
-def block_linear(x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor, whole: bool = True) -> Tensor:
+def block_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    D: Tensor,
+    whole: bool = True,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
     """x W'ᵀ + b, for a weight and bias that are not trained.
 
     Args:
@@ -50,6 +58,7 @@ def block_linear(x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor, whole: bo
         W: [m, n], of any strides. bias: [m]. They get no gradient.
         D: [m/r, r, r], r dividing m and n. W' is made in the wider dtype of W and D.
         whole: with W itself; otherwise W' − W is meant by W'.
+        again: makes W anew, which then is not kept for the backward.
 
     Returns:
         [..., m], in the dtype of the product.
@@ -61,7 +70,7 @@ def block_linear(x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor, whole: bo
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
-    y: Tensor = _BlockLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, D, whole, use)
+    y: Tensor = _BlockLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, D, whole, again, use)
     return y.view(*x.shape[:-1], len(W))
 
 
@@ -79,14 +88,24 @@ class _BlockLinear(torch.autograd.Function):
     """`block_linear` on x [T, n]. Its backward is made of differentiable operations, so it has a second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, D: Tensor, whole: bool, use: Use | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, D)
-        ctx.whole, ctx.use = whole, use
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        D: Tensor,
+        whole: bool,
+        again: Callable[[], Tensor] | None,
+        use: Use | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W if again is None else None, D)
+        ctx.whole, ctx.again, ctx.use = whole, again, use
         return F.linear(x, changed(W, D, whole).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, D = ctx.saved_tensors
+        W = W if ctx.again is None else ctx.again()
         r = D.shape[1]
         dx = dD = None
         if ctx.needs_input_grad[0]:
@@ -97,4 +116,4 @@ class _BlockLinear(torch.autograd.Function):
             ctx.use.whole(torch.stack(own) if own else D.new_zeros(0, len(D), r * r))
         elif ctx.needs_input_grad[3]:
             dD = gradient(W, r, g.t() @ x)
-        return dx, None, None, dD, None, None
+        return dx, None, None, dD, None, None, None

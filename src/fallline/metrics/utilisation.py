@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..quantised import stands_for
+
 SIDE = {"cpu": 1024, "cuda": 8192}
 TRIES = 5
 
@@ -29,7 +31,8 @@ def token_flops(model: nn.Module, length: int) -> float:
     if head is not None:
         tables.discard(id(head.weight))  # tied: looked up and multiplied with
     multiplied = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
-    n = sum(p.numel() for p in multiplied)
+    packed = stands_for(model)
+    n = sum(packed.get(id(p), p.numel()) for p in multiplied)
     trained = sum(p.numel() for p in multiplied if p.requires_grad)
     return 4.0 * n + 2.0 * trained + 12.0 * text.num_hidden_layers * text.hidden_size * length
 

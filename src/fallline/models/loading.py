@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import InputError
-from .base import ModelOptions, finish
+from ..quantised import library
+from .base import LoadedOptions, ModelOptions, finish
 
 
 @contextmanager
@@ -125,10 +126,13 @@ def load_model(
         device: where they live.
 
     Raises:
-        InputError: no such model, not a causal one, damaged or incomplete weights, rows longer than it has positions.
+        InputError: no such model, not a causal one, damaged or incomplete weights, rows longer than it has positions,
+            or it cannot be quantised.
     """
     shape = configuration(path)
     check_length(shape, length, path)
+    if isinstance(options, LoadedOptions) and options.quantise:
+        library()
     if options.attention == "sdpa" and not has_sdpa(shape):
         raise InputError(f"a {shape.model_type!r} model has no sdpa attention; set attention: eager")
     with loading("weights", path):
@@ -151,4 +155,5 @@ def load_model(
     words = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > words:
         raise InputError(f"the tokenizer has {len(tokenizer)} words, model {path!r} has {words}")
-    return finish(model.to(device), options)
+    placed: Any = finish(model, options)
+    return placed.to(device)  # of quantised weights only the bits

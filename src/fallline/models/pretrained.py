@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..catalog import Card
 from ..options import option
-from .base import ModelOptions
+from .base import LoadedOptions
 from .loading import configuration, load_model, load_tokenizer
 
 CARD = Card(
@@ -28,7 +28,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions):
+class Config(LoadedOptions):
     """Which model."""
 
     brings_tokenizer: ClassVar[bool] = True

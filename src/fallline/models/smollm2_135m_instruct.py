@@ -41,7 +41,7 @@ from transformers import (
 from ..catalog import Card
 from ..errors import InputError
 from ..folders import cached_folder, readable
-from .base import ModelOptions
+from .base import LoadedOptions
 from .identity import fingerprint
 from .loading import configuration, load_model, load_tokenizer, loading
 
@@ -76,7 +76,7 @@ log = logging.getLogger("fallline")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelOptions):
+class Config(LoadedOptions):
     """How it computes; which model it is is settled."""
 
     brings_tokenizer: ClassVar[bool] = True

@@ -27,6 +27,7 @@ from ...models.base import ModelOptions
 from ...models.loading import has_sdpa
 from ...optim.precision import BUCKET, DTYPES, Precision, pick_precision
 from ...optim.roles import ROLES, Role, classify
+from ...quantised import stands_for
 from ...recipe import Choice, Recipe
 from .activations import Moment, Pass, Traced, alike, skeleton, stand_in, trace
 
@@ -65,12 +66,14 @@ class Setup:
 
 
 class Leaf(NamedTuple):
-    """Parameters that are alike: role, shape, bytes of each one's weight, whether they are trained."""
+    """Parameters that are alike: role, shape of what they stand for, bytes of each one's weight, whether they are
+    trained, and the bytes that the model was loaded with, before it was quantised."""
 
     role: Role
     shape: tuple[int, ...]
     bytes: int
     trained: bool
+    loaded: int
 
     @property
     def elements(self) -> int:
@@ -85,7 +88,8 @@ class Forecast:
         parameters, trained: how many.
         weights: frozen ones, adapters and buffers too, and the copy that is held of a reference. gradients: of all
             trained parameters. optimizer: its state, with float32 masters.
-        moments: phase → what is held beyond weights and state at its height; ``update`` among them.
+        moments: phase → what is held beyond weights and state at its height; ``update`` among them;
+            ``load`` where quantised weights are loaded whole.
         roles: role → weights, gradients and optimizer state.
         flops: floating-point operations of a micro-batch's forward and backward.
         traffic: least bytes that an update moves.
@@ -226,10 +230,14 @@ def leaves_of(setup: Setup) -> tuple[Counter[Leaf], int, int | None]:
         if adapter is not None:
             inject(model, adapter, seed=0)
         roles = classify(model)
-        found = Counter(
-            Leaf(roles[name], tuple(p.shape), p.numel() * p.element_size(), p.requires_grad)
-            for name, p in model.named_parameters()
-        )
+        packed = stands_for(model)
+        found: Counter[Leaf] = Counter()
+        for name, p in model.named_parameters():
+            size = p.numel() * p.element_size()
+            shape, loaded = tuple(p.shape), size
+            if id(p) in packed:
+                shape, loaded = (packed[id(p)],), packed[id(p)] * DTYPES[setup.precision].itemsize
+            found[Leaf(roles[name], shape, size, p.requires_grad, loaded)] += 1
         return found, sum(b.numel() * b.element_size() for b in model.buffers()), layers
 
 
@@ -272,13 +280,19 @@ def summed(setup: Setup, leaves: Counter[Leaf], buffers: int, traced: Traced, as
         bucket = max(widest, BUCKET)
     gradients = sum(parts["gradients"] for parts in roles.values())
     workspace += bucket * (4 if master else 8)
-    moments = {phase: moment.after(gradients) if setup.several else moment for phase, moment in traced.heights.items()}
+    moments: dict[str, Moment] = {
+        phase: moment.after(gradients) if setup.several else moment for phase, moment in traced.heights.items()
+    }
+    state = sum(parts["optimizer"] for parts in roles.values())
+    loading = sum(times * (leaf.loaded - leaf.bytes) for leaf, times in leaves.items())
+    if loading and setup.device == "cpu":  # where quantised weights are loaded whole, before there is any state
+        moments["load"] = Moment(max(0.0, loading - state), max(0.0, loading - state))
     return Forecast(
         parameters=sum(times * leaf.elements for leaf, times in leaves.items()),
         trained=sum(times * leaf.elements for leaf, times in leaves.items() if leaf.trained),
         weights=sum(parts["weights"] for parts in roles.values()) + copies * buffers,
         gradients=gradients,
-        optimizer=sum(parts["optimizer"] for parts in roles.values()),
+        optimizer=state,
         moments=moments | {"update": Moment(gradients + workspace, workspace)},
         roles={role: roles[role] for role in ROLES if role in roles},
         flops=traced.flops,

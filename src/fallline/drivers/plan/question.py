@@ -15,7 +15,9 @@ from .forecast import forecast, setup_of
 from .table import Row, combinations, verdict
 
 METHODS = ("optimizer", "adapter", "objective", "estimator")
-KEYS = {"precision": "precision", "micro": "micro"} | {k: f"model.{k}" for k in ("checkpointing", "attention")}
+KEYS = {"precision": "precision", "micro": "micro"} | {
+    k: f"model.{k}" for k in ("checkpointing", "attention", "quantise")
+}
 """What else decides about memory → key of the recipe."""
 
 LEAST_LENGTH = 8
@@ -75,7 +77,7 @@ def asked_shape(model: str, *, memory: float, length: int, batch: int) -> Pretra
 def recipe_of(words: Sequence[str], length: int, batch: int) -> Recipe:
     """The recipe that a question is about; its model stands for any."""
     return Recipe.parse(
-        f"model: {{name: llama, preset: tiny}}\ndata: {{name: python-source, length: {length}}}\nbatch: {batch}\n"
+        f"model: {{name: pretrained, path: any}}\ndata: {{name: python-source, length: {length}}}\nbatch: {batch}\n"
         "steps: 1\nschedule: constant",
         *words,
         origin="plan",

@@ -116,7 +116,10 @@ def combinations(first: Setup, *, memory: float, adapters: bool = True) -> list[
     groups: dict[torch.dtype, list[Precision]] = {}
     for precision in dict.fromkeys((*PRECISIONS[first.device], first.precision)):
         groups.setdefault(DTYPES[precision], []).append(precision)
-    for adapter, alike in product(beside(first.adapter) if adapters else [first.adapter], groups.values()):
+    chosen = beside(first.adapter) if adapters else [first.adapter]
+    if getattr(first.options, "quantise", None):
+        chosen = [adapter for adapter in chosen if adapter.id != "none"]
+    for adapter, alike in product(chosen, groups.values()):
         setup = replace(first, adapter=adapter, precision=alike[0])
         try:
             parts = leaves_of(setup)
