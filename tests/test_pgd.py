@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fallline.pgd import added, ascend, ball, frozen, unit
+from fallline.pgd import Adam, added, ascend, ball, frozen, unit
 
 
 def test_the_ball_is_left_alone_inside_and_met_at_its_edge() -> None:
@@ -30,6 +30,34 @@ def test_on_a_linear_map_it_grows_at_every_step_to_the_largest_singular_value() 
     each = (delta @ A.t()).norm(dim=1)
     torch.testing.assert_close(each, 0.2 * torch.linalg.svdvals(A)[0].expand(3), rtol=1e-6, atol=0)
     assert not delta.requires_grad
+
+
+def test_adam_is_torch_s_and_leaves_what_has_no_gradient() -> None:
+    c = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    c[1, 2:] = 0
+
+    def value(delta: torch.Tensor) -> torch.Tensor:
+        return (c * delta).sin().sum()
+
+    wanted = torch.zeros_like(c, requires_grad=True)
+    adam = torch.optim.Adam([wanted], lr=0.1, maximize=True)
+    for _ in range(7):
+        adam.zero_grad()
+        value(wanted).backward()
+        adam.step()
+    found = ascend(value, torch.zeros_like(c), steps=7, size=0.1, radius=9.0, rule=Adam())
+    torch.testing.assert_close(found, wanted.detach())
+    assert not found[1, 2:].any()
+
+
+def test_of_a_tuple_the_first_output_is_changed() -> None:
+    layer = nn.LSTM(2, 3)
+    x = torch.ones(4, 2)
+    out, state = layer(x)
+    with added(layer, torch.ones(4, 3)):
+        moved, same = layer(x)
+    torch.testing.assert_close(moved, out + 1)
+    assert torch.equal(same[0], state[0])
 
 
 def test_parameters_and_outputs_are_as_they_were() -> None:

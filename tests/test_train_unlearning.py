@@ -72,3 +72,24 @@ def test_refusals_are_learned_and_what_is_missing_is_told(fallline: Launcher, re
     found = records(tmp_path / "b")
     assert found[-1]["refusal_nll"] < found[1]["refusal_nll"]
     assert found[-1]["retain_nll"] < found[1]["retain_nll"]
+
+
+def test_an_attack_in_every_step_killed_and_resumed(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
+    arguments = (
+        "train", str(recipe), "--quiet", "--force", "objective=lat", "objective.steps=3", "objective.radius=1",
+        "batch=4", f"data.refusals={tmp_path}/refusals.txt",
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = fallline(*arguments, f"out={whole}")
+    assert ended.code == 0, ended.output
+    found = records(whole)
+    assert found[-1]["refusal_nll"] < found[1]["refusal_nll"]
+    assert found[-1]["retain_nll"] < found[1]["retain_nll"]
+    assert "forget_away" in found[1]
+    for attempt, die in enumerate(((checkpoint.POINTS[2], 2), None)):
+        resume = ("--resume",) if attempt else ()
+        ended = fallline(*arguments, f"out={killed}", *resume, die_at=die)
+        assert ended.code == (-signal.SIGKILL if die else 0), ended.output
+    assert records(killed) == found
+    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
+    assert state[0].read_bytes() == state[1].read_bytes()

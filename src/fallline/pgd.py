@@ -1,6 +1,8 @@
 """Projected gradient ascent on what a layer gives out: the worst small change of embeddings or hidden states.
 
-    δ ← Π(δ + η g / ‖g‖),   g = ∂ value / ∂δ,   Π: every token's δ back into the ball ‖δ_t‖ ≤ radius
+    δ ← Π(δ + η rule(g)),   g = ∂ value / ∂δ,   Π: every token's δ back into the ball ‖δ_t‖ ≤ radius
+
+The rule is g / ‖g‖ by token (`unit`), or `Adam`.
 
 Only δ is asked for a gradient, so that parameters and their `.grad` stay as they are (`frozen` also saves what the
 backward would keep for them). An attack belongs into `prepare`, where it sees the whole step at once: its random start
@@ -30,21 +32,43 @@ def unit(g: Tensor) -> Tensor:
     return torch.where(norm > 0, g / norm, 0)
 
 
+class Adam:
+    """The steps of Adam, m̂ / (√v̂ + ε), for one ascent; an element whose gradient is always 0 stays."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self, g: Tensor) -> Tensor:
+        if not self.step:
+            self.m, self.v = torch.zeros_like(g), torch.zeros_like(g)
+        self.step += 1
+        self.m.lerp_(g, 1 - 0.9)
+        self.v.mul_(0.999).addcmul_(g, g, value=1 - 0.999)
+        m, v = self.m / (1 - 0.9**self.step), self.v / (1 - 0.999**self.step)
+        return m / (v.sqrt() + 1e-8)
+
+
 @torch.enable_grad()
 def ascend(
-    value: Callable[[Tensor], Tensor], start: Tensor, *, steps: int, size: float | Tensor, radius: float | Tensor
+    value: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    steps: int,
+    size: float | Tensor,
+    radius: float | Tensor,
+    rule: Callable[[Tensor], Tensor] = unit,
 ) -> Tensor:
     """δ after some steps from a start in the ball.
 
     Args:
-        value: what shall grow, [], of δ. start: [..., D]. steps: how many. size: η, the length of a token's step.
-        radius: of the ball.
+        value: what shall grow, [], of δ. start: [..., D]. steps: how many. size: η, what a step of the rule is times.
+        radius: of the ball. rule: makes a step of the gradient.
     """
     delta = start.detach()
     for _ in range(steps):
         delta.requires_grad_()
         (g,) = torch.autograd.grad(value(delta), delta)
-        delta = ball(delta.detach() + size * unit(g), radius)
+        delta = ball(delta.detach() + size * rule(g), radius)
     return delta
 
 
@@ -63,9 +87,11 @@ def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def added(module: nn.Module, delta: Tensor) -> Iterator[None]:
-    """Inside, a module gives out δ more: of its output's shape, rounded to its dtype."""
+    """Inside, a module gives out δ more: of its output's shape, rounded to its dtype. Of a tuple, the first output."""
 
-    def add(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(layer: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return add(layer, args, output[0]), *output[1:]
         return output + delta.to(output.dtype)
 
     with module.register_forward_hook(add):
