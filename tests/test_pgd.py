@@ -60,6 +60,27 @@ def test_of_a_tuple_the_first_output_is_changed() -> None:
     assert torch.equal(same[0], state[0])
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Tanh()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_module_within_a_compiled_one_is_changed_too() -> None:
+    model, x = Stack(), torch.ones(4, 2)
+    plain, wanted = model(x), torch.tanh(model.layers[0](x) + 1)
+    model.compile(backend="eager")
+    torch.testing.assert_close(model(x), plain)
+    with added(model.layers[0], torch.ones(4, 2)):
+        torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(model(x), plain)
+
+
 def test_parameters_and_outputs_are_as_they_were() -> None:
     layer = nn.Embedding(4, 3)
     layer.weight.grad = torch.ones(4, 3)

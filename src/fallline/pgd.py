@@ -87,12 +87,16 @@ def frozen(params: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def added(module: nn.Module, delta: Tensor) -> Iterator[None]:
-    """Inside, a module gives out δ more: of its output's shape, rounded to its dtype. Of a tuple, the first output."""
+    """Inside, a module gives out δ more: of its output's shape, rounded to its dtype. Of a tuple, the first output.
+
+    Nothing is compiled inside: compiled code does not know of hooks. Layers that 🤗 Transformers checkpoints are right
+    in the backward too, where the hook is gone: what is computed again is their forward, to which no hook belongs.
+    """
 
     def add(layer: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return add(layer, args, output[0]), *output[1:]
         return output + delta.to(output.dtype)
 
-    with module.register_forward_hook(add):
+    with torch.compiler.set_stance("force_eager"), module.register_forward_hook(add):
         yield
