@@ -30,9 +30,13 @@ CARD = Card(
     needs=("streams: data unlearning",),
     claim="none of its own: the baseline that later methods are compared with, since it ruins the model",
     checked=(
-        "effect not shown; equation and slopes against a float64 reference; the gradient is the negative of causal's; "
-        "packing and accumulation to 1e-6 in float64; single examples' norms"
+        "equation and slopes against a float64 reference; the gradient is the negative of causal's; packing and "
+        "accumulation to 1e-6 in float64; single examples' norms. A 1 M Llama that knows invented people, rates tuned "
+        "alike, three seeds: right answers left when forgotten, 0 % to forget, 4 [0, 9] % of what it keeps, 4 [0, 13] "
+        "% of people that unlearning never saw; a model retrained without them 3, 98, 96 % (python "
+        "benchmarks/unlearning.py). Effect on larger models not shown"
     ),
+    evidence=("benchmarks/results/unlearning.json",),
     tags=("unlearning", "forgetting", "baseline", "gradient ascent"),
 )
 
