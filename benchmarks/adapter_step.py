@@ -60,7 +60,7 @@ def contestant(id: str, name: str) -> Callable[[], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
