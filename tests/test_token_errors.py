@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from fallline.per_example import Norms, PerExample
-from fallline.token_errors import error_norms, linear_errors, token_errors
-from fallline.tokens import IGNORED
+from fallline.token_errors import error_norms, token_errors
+from fallline.tokens import IGNORED, linear_of_labels
 
 WORDS = 30
 TINY: dict[str, Any] = {
@@ -44,7 +44,7 @@ def test_equal_to_one_hot_and_to_the_closed_form(chunk: int | None) -> None:
     h, W, b = normal(4, 7, 6), normal(WORDS, 6, seed=1), normal(WORDS, seed=2)
     y = torch.arange(28).view(4, 7) % WORDS
     y[1, 2:5] = IGNORED
-    found, z = linear_errors(h, W, y, bias=b, chunk=chunk), F.linear(h, W, b)
+    found, z = linear_of_labels(h, W, y, error_norms, bias=b, chunk=chunk), F.linear(h, W, b)
     torch.testing.assert_close(found, one_hot_errors(z, y), rtol=1e-13, atol=0)
     asked = y != IGNORED
     p = z.softmax(-1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)

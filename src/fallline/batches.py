@@ -6,8 +6,14 @@ from itertools import pairwise
 
 import torch
 
-from .contracts import Batch
+from .contracts import Batch, Draw, Source
 from .errors import InputError
+from .noise import rng
+
+
+def no_rows(source: Source) -> Batch:
+    """A batch of none of a source's examples: which columns there are, before any is drawn."""
+    return source(Draw(torch.zeros(0, dtype=torch.int64), torch.zeros(0)), rng(0, 0, "no rows"))
 
 
 def starts(batch: Batch) -> list[int]:

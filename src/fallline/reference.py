@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibrate import evaluating
 from .folders import cache_dir
 from .sequences import sequence_logps
 from .tokens import IGNORED
@@ -105,18 +106,6 @@ def asking(model: nn.Module) -> Iterator[None]:
     """Inside, a model is asked without gradient and dropout; afterwards it is in the mode in which it was."""
     with evaluating(model), torch.no_grad():
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, dropout is off; afterwards the model is in the mode in which it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _asked(model: nn.Module, example: Mapping[str, Tensor], sequences: int, device: torch.device) -> list[float]:

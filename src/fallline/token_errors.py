@@ -13,14 +13,11 @@ Source: Paul, Ganguli and Dziugaite, Deep Learning on a Data Diet, 2021, definit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .isolation import isolated
-from .tokens import IGNORED, chunk_size, plain_head
+from .tokens import of_labels
 
 
 def error_norms(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,31 +33,6 @@ def error_norms(logits: Tensor, labels: Tensor) -> Tensor:
     return p.scatter_add_(1, labels.unsqueeze(1), p.new_full((len(p), 1), -1)).norm(dim=1)
 
 
-@torch.no_grad()
-def linear_errors(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int | None = None
-) -> Tensor:
-    """`error_norms` of the logits weight · hidden + bias, in chunks of tokens.
-
-    Costs 2 N V D floating-point operations and two copies of one chunk's logits.
-
-    Args:
-        hidden: [..., D]. weight: [V, D]. bias: [V].
-        labels: [...] int64, already shifted; −100 gives 0.
-        chunk: tokens in a chunk; None lets `tokens.chunk_size` choose.
-
-    Returns:
-        [...], float32, or float64 for float64 input.
-    """
-    h, y = hidden.flatten(0, -2), labels.flatten()
-    asked = (y != IGNORED).nonzero().squeeze(1)
-    errors = h.new_zeros(len(h), dtype=torch.promote_types(h.dtype, torch.float32))
-    for part in asked.split(chunk or chunk_size(len(asked), len(weight), h.device.type)):
-        errors[part] = error_norms(F.linear(h[part], weight, bias), y[part])
-    return errors.view(labels.shape)
-
-
-@torch.no_grad()
 def token_errors(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """EL2N of every label of a batch under a causal language model; 0 where the label is −100.
 
@@ -73,13 +45,4 @@ def token_errors(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         [R, L], float32 or float64.
     """
-    inputs, labels = isolated(model, batch), batch["labels"]
-    if not plain_head(model, labels.device):
-        logits = model(**inputs).logits.flatten(0, -2)
-        asked = labels.flatten() != IGNORED
-        errors = logits.new_zeros(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        errors[asked] = error_norms(logits[asked], labels.flatten()[asked])
-        return errors.view(labels.shape)
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
-    return linear_errors(hidden, head.weight, labels, bias=head.bias)
+    return of_labels(model, batch, error_norms)

@@ -9,15 +9,12 @@ Nothing here has a gradient, and logits never exist for more than a chunk of tok
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cross_entropy import nll
-from .isolation import isolated
-from .tokens import IGNORED, chunk_size, plain_head
+from .tokens import of_labels
 
 
 def scores(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,26 +31,6 @@ def scores(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([nll(z, labels.unsqueeze(1), slope=False)[0], first.to(z.dtype)])
 
 
-@torch.no_grad()
 def token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """`scores` of every label of a batch; 0 where the label is −100.
-
-    Args:
-        model: a 🤗 causal language model.
-        batch: `input_ids` and `labels` [R, L], and what `isolated` reads.
-
-    Returns:
-        [2, R, L], float32 or float64.
-    """
-    inputs, labels = isolated(model, batch), batch["labels"].flatten()
-    asked = (labels != IGNORED).nonzero().squeeze(1)
-    if plain_head(model, labels.device):
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        hidden = model.get_decoder()(**inputs).last_hidden_state.flatten(0, -2)[asked]  # type: ignore[operator]
-        size = chunk_size(len(asked), len(head.weight), labels.device.type)
-        chunks = zip(hidden.split(size), labels[asked].split(size), strict=True)
-        found = [scores(F.linear(h, head.weight, head.bias), y) for h, y in chunks]
-    else:
-        found = [scores(model(**inputs).logits.flatten(0, -2)[asked], labels[asked])]
-    told = torch.cat(found, 1)
-    return told.new_zeros(2, len(labels)).index_copy(1, asked, told).view(2, *batch["labels"].shape)
+    """`scores` of every label of a batch, [2, R, L]; 0 where the label is −100. See `tokens.of_labels`."""
+    return of_labels(model, batch, scores)

@@ -7,12 +7,13 @@ position t must predict, −100 where nothing is asked.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cross_entropy import (
@@ -32,7 +33,9 @@ __all__ = [
     "full_cross_entropy",
     "label_counts",
     "linear_cross_entropy",
+    "linear_of_labels",
     "mean_losses",
+    "of_labels",
     "per_example",
     "per_token",
     "plain_head",
@@ -86,6 +89,61 @@ def _through_head(
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     hidden = model.get_decoder()(**isolated(model, batch)).last_hidden_state  # type: ignore[operator]
     return linear_cross_entropy(hidden, head.weight, batch["labels"], bias=head.bias, share=share, rule=rule), hidden
+
+
+@torch.no_grad()
+def of_labels(model: nn.Module, batch: Mapping[str, Tensor], rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A function of every label and its logits, without gradient; 0 where the label is −100.
+
+    Full logits exist only for a model that changes them after the head, as with `token_losses`.
+
+    Args:
+        model: a 🤗 causal language model.
+        batch: `input_ids` and `labels` [R, L], and what `isolated` reads.
+        rule: of logits [c, V], which it may overwrite, and labels [c]; gives [..., c].
+
+    Returns:
+        [..., R, L].
+    """
+    inputs, labels = isolated(model, batch), batch["labels"]
+    if plain_head(model, labels.device):
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        hidden = model.get_decoder()(**inputs).last_hidden_state  # type: ignore[operator]
+        return linear_of_labels(hidden, head.weight, labels, rule, bias=head.bias)
+    asked = labels.flatten() != IGNORED
+    return spread(rule(model(**inputs).logits.flatten(0, -2)[asked], labels.flatten()[asked]), labels)
+
+
+@torch.no_grad()
+def linear_of_labels(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rule: Callable[[Tensor, Tensor], Tensor],
+    *,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """`of_labels` for the logits weight · hidden + bias, in chunks of tokens.
+
+    Costs 2 N V D floating-point operations and what `rule` needs for one chunk's logits.
+
+    Args:
+        hidden: [..., D]. weight: [V, D]. bias: [V]. labels: [...] int64. rule: see `of_labels`.
+        chunk: tokens in a chunk; None lets `chunk_size` choose.
+    """
+    y = labels.flatten()
+    asked = (y != IGNORED).nonzero().squeeze(1)
+    h, size = hidden.flatten(0, -2), chunk or chunk_size(len(asked), len(weight), hidden.device.type)
+    found = [rule(F.linear(h[part], weight, bias), y[part]) for part in asked.split(size)]
+    return spread(torch.cat(found, -1), labels)
+
+
+def spread(values: Tensor, labels: Tensor) -> Tensor:
+    """Values [..., c] of the labels [R, L] that are not −100, in order, where they belong: [..., R, L], 0 elsewhere."""
+    whole = values.new_zeros(*values.shape[:-1], labels.numel())
+    whole[..., labels.flatten() != IGNORED] = values
+    return whole.view(*values.shape[:-1], *labels.shape)
 
 
 def mean_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

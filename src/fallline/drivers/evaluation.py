@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import STREAMS, Batch, Draw
+from ..batches import no_rows
+from ..contracts import STREAMS, Batch
 from ..errors import InputError
-from ..noise import rng, seed_forward
+from ..noise import seed_forward
 from ..objectives.causal import Causal
 from ..sequences import per_sequence, sequence_counts
 from ..step import Run
@@ -145,8 +146,7 @@ def check_measures(source: Any, names: Sequence[str]) -> None:
     Raises:
         InputError: `rejected` was asked for, and the data has no pairs.
     """
-    nobody = Draw(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    if "rejected" in names and "side" not in source(nobody, rng(0, 0, "check")):
+    if "rejected" in names and "side" not in no_rows(source):
         raise InputError("eval: the measure 'rejected' is of pairs, and the data has none; leave it out")
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batches import split
+from ..calibrate import evaluating
 from ..catalog import Card
 from ..contracts import Batch, Couples, Loss
 from ..cross_entropy import chunk_size, nll
@@ -36,7 +37,6 @@ from ..isolation import isolated
 from ..noise import secret_rng
 from ..options import Options, option
 from ..pgd import added, ascend, ball, frozen
-from ..reference import evaluating
 from ..step import Run
 from ..tokens import IGNORED, TokenLoss, label_counts, per_example, per_token, plain_head, token_losses_and_hidden
 from .comp_sum import CompSum

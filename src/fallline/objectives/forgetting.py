@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..contracts import FORGET, RETAIN, Batch, Couples, Draw, Loss
+from ..batches import no_rows
+from ..contracts import FORGET, RETAIN, Batch, Couples, Loss
 from ..errors import InputError
-from ..noise import rng
 from ..reference import Reference
 from ..sequences import per_sequence, sequence_counts
 from ..step import Run
@@ -92,7 +92,7 @@ class Forgetting(nn.Module):
     def check(self, run: Run) -> None:
         """Refuse data or a run that lack what the method needs."""
         source: Any = run.source
-        if "domain" not in source(Draw(torch.zeros(0, dtype=torch.int64), torch.zeros(0)), rng(0, 0, "check")):
+        if "domain" not in no_rows(source):
             raise InputError(
                 "this objective forgets, and the data does not say what; use data: {name: unlearning, forget: …}"
             )

@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibrate import evaluating
 from ..catalog import Card
 from ..contracts import FORGET, Batch, Loss
 from ..cross_entropy import nll
 from ..errors import InputError
 from ..options import Options, option
 from ..pgd import Adam, added, ascend, frozen
-from ..reference import evaluating
 from ..sequences import per_sequence, sequence_counts
 from ..step import Run
 from ..tokens import IGNORED, per_token, plain_head, token_losses

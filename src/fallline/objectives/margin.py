@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contracts import Batch, Couples, Draw, Loss
+from ..batches import no_rows
+from ..contracts import Batch, Couples, Loss
 from ..errors import InputError
-from ..noise import rng
 from ..sequences import sequence_counts, sequence_logps
 from ..step import Run
 
@@ -116,8 +116,7 @@ class Margin(nn.Module):
 
     def check(self, run: Run) -> None:
         """Refuse data that are no pairs, and a run without the reference that is needed."""
-        nobody = Draw(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-        if "side" not in run.source(nobody, rng(0, 0, "check")):
+        if "side" not in no_rows(run.source):
             raise InputError(
                 "this objective compares a chosen and a rejected answer, and the data has no such pairs; use "
                 "data: {name: preference, path: …}"

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..calibrate import evaluating
 from ..catalog import Card
 from ..contracts import Change
 from ..errors import InputError
@@ -32,7 +33,6 @@ from ..options import Options, option
 from ..per_example import Beside, Norms, PerExample, grads_aside
 from ..problem import Problem
 from ..ranks import all_rows
-from ..reference import evaluating
 from ..sequences import apart, sequence_counts, slopes
 from ..step import Run, ask
 
