@@ -73,15 +73,19 @@ class Adapter:
     between: ClassVar[bool] = False
     peft_type: ClassVar[str] = "LORA"
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, size: int | None = None) -> None:
+        self.config, self._size = config, size
 
     @property
     def size(self) -> int:
-        """What tells the shapes of its tensors at one layer from those at another, or at another time: the rank, unless
-        a method says otherwise."""
-        size: int = self.config.rank
-        return size
+        """What tells the shapes of its tensors at one layer from those at another, or at another time."""
+        return self.first_size if self._size is None else self._size
+
+    @property
+    def first_size(self) -> int:
+        """The size at the start: the rank, unless a method says otherwise."""
+        rank: int = self.config.rank
+        return rank
 
     @property
     def resizes(self) -> bool:
@@ -115,8 +119,8 @@ class Adapter:
         raise NotImplementedError
 
     def at_size(self, size: int) -> Adapter:
-        """The method at another size, and as strong: its s is the same. For those that change sizes."""
-        raise NotImplementedError
+        """The method at another size, and as strong: its s is the same. One whose s follows from its rank says how."""
+        return type(self)(self.config, size)
 
     def sizes(self, layers: Layers, step: int, steps: int) -> Mapping[str, int]:
         """Path → another size that a layer's adapter is to have in update `step`, from 0, of `steps`; the others keep

@@ -86,17 +86,6 @@ class Lamda(Core):
     resizes = True
     config: Config
 
-    def __init__(self, config: Config, size: int | None = None) -> None:
-        super().__init__(config)
-        self._size = config.rank if size is None else size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def at_size(self, size: int) -> Lamda:
-        return Lamda(self.config, size)
-
     def shapes(self, m: int, n: int) -> Mapping[str, tuple[int, ...]]:
         return {**super().shapes(m, n), **({"B": (m, self.size)} if self.size else {})}
 

@@ -89,16 +89,9 @@ class Triadapt(MadeLora):
     resizes = True
     config: Config
 
-    def __init__(self, config: Config, size: int | None = None) -> None:
-        super().__init__(config)
-        self._size = config.first if size is None else size
-
     @property
-    def size(self) -> int:
-        return self._size
-
-    def at_size(self, size: int) -> Triadapt:
-        return Triadapt(self.config, size)
+    def first_size(self) -> int:
+        return self.config.first
 
     @property
     def blocks(self) -> list[tuple[int, int]]:

@@ -36,11 +36,9 @@ from ..noise import key
 from ..options import option
 from .conversation import Chat, Plain, parse
 from .dataset import Dataset, check_vocab, padding
-from .documents import Document, contents
-from .labelled import labelled
+from .labelled import LEARNED_UNIT, labelled, learned_from, packing_order
 from .lines import Line, LineOptions, read_examples, some_of
 from .packed import PackedSource, pack_whole
-from .tokenizer import learned_tokenizer
 
 CARD = Card(
     id="jsonl",
@@ -106,9 +104,7 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
         raise InputError(f"{_WHAT}: the files of 'path' are all empty or blank")
     unit = "line"
     if tokenizer is None:
-        unit = "line, given the tokenizer that was learned from all of them"
-        documents = [Document(e.id, (e.prompt or "") + e.answer) for _, e, _ in lines if isinstance(e, Plain)]
-        tokenizer = learned_tokenizer(documents, contents(documents).fingerprint, config.vocab)
+        unit, tokenizer = LEARNED_UNIT, learned_from((line.example for line in lines), config.vocab)
     encoded = encode(lines, tokenizer, config.length)
     _warn(lines, encoded, config.length)
 
@@ -206,11 +202,9 @@ def _held_out(lines: Lines, encoded: Encoded, config: Config) -> NDArray[np.bool
 
 def _packed(lines: Lines, encoded: Encoded, side: NDArray[np.bool_], length: int, pad: int, unit: str) -> PackedSource:
     chosen = np.flatnonzero(side)
-    part = np.arange(len(encoded.line)) - np.searchsorted(encoded.line, encoded.line)  # of a long text
-    names = (f"data/order/{lines[encoded.line[i]].example.id}#{part[i]}" for i in chosen)
-    order = np.fromiter((key(0, 0, name) for name in names), np.int64)
+    order, part = packing_order([line.example.id for line in lines], encoded.line, chosen)
     start, size = encoded.start[chosen], encoded.size[chosen]
-    unit = "" if part[chosen].any() else unit
+    unit = "" if part.any() else unit
     return pack_whole(encoded.tokens, encoded.asked, start, size, order, length, pad, unit)
 
 

@@ -32,14 +32,12 @@ from ..catalog import Card
 from ..errors import InputError
 from ..noise import key
 from ..options import option
-from .conversation import Chat, Plain
+from .conversation import Chat
 from .dataset import Dataset, check_vocab, padding
-from .documents import Document, contents
-from .labelled import labelled
+from .labelled import LEARNED_UNIT, labelled, learned_from
 from .lines import Line, LineOptions, read_examples, some_of
 from .paired import PairedSource, pack_pairs
 from .pairs import Pair, parse_pair
-from .tokenizer import learned_tokenizer
 
 CARD = Card(
     id="preference",
@@ -108,10 +106,8 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
         raise InputError(f"{_WHAT}: the files of 'path' are all empty or blank")
     unit = "line"
     if tokenizer is None:
-        unit = "line, given the tokenizer that was learned from all of them"
-        plain = [e for _, pair, _ in lines for e in (pair.chosen, pair.rejected) if isinstance(e, Plain)]
-        documents = [Document(e.id, (e.prompt or "") + e.answer) for e in plain]
-        tokenizer = learned_tokenizer(documents, contents(documents).fingerprint, config.vocab)
+        answers = (answer for line in lines for answer in (line.example.chosen, line.example.rejected))
+        unit, tokenizer = LEARNED_UNIT, learned_from(answers, config.vocab)
     encoded = encode(lines, tokenizer, config.length)
     _warn(lines, encoded, config.length)
 

@@ -41,13 +41,11 @@ from ..noise import key
 from ..options import option
 from .conversation import Chat, Plain, parse
 from .dataset import DataOptions, Dataset, check_vocab, padding
-from .documents import Document, contents
 from .files import find_files, read_lines
-from .labelled import labelled
+from .labelled import LEARNED_UNIT, labelled, learned_from, packing_order
 from .lines import Line, read_files, some_of
 from .paired import PairedSource, pack_pairs
 from .streams import Part, joined
-from .tokenizer import learned_tokenizer
 
 CARD = Card(
     id="unlearning",
@@ -154,11 +152,8 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
 
     unit = "line"
     if tokenizer is None:
-        unit = "line, given the tokenizer that was learned from all of them"
-        plain = [e for _, e, _ in (*forget, *retain) if isinstance(e, Plain)]
-        plain += [e for _, e in beside if isinstance(e, Plain)]
-        documents = [Document(e.id, (e.prompt or "") + e.answer) for e in plain]
-        tokenizer = learned_tokenizer(documents, contents(documents).fingerprint, config.vocab)
+        told = [*(line.example for line in (*forget, *retain)), *(refusal for _, refusal in beside)]
+        unit, tokenizer = LEARNED_UNIT, learned_from(told, config.vocab)
     found = [encode(forget, beside, tokenizer, config.length), encode(retain, [], tokenizer, config.length)]
     for lines, encoded, name in zip((forget, retain), found, ("forget", "retain"), strict=True):
         _warn(lines, encoded, name, config.length)
@@ -170,13 +165,11 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
     def packed(stream: int, which: NDArray[np.bool_]) -> PairedSource:
         lines, encoded = (forget, retain)[stream], found[stream]
         chosen = np.flatnonzero(which)
-        part = np.arange(len(encoded.line)) - np.searchsorted(encoded.line, encoded.line)  # of a long text
-        names = (f"data/order/{lines[encoded.line[i]].example.id}#{part[i]}" for i in chosen)
-        order = np.fromiter((key(0, 0, name) for name in names), np.int64)
+        order, part = packing_order([line.example.id for line in lines], encoded.line, chosen)
         start = encoded.start[chosen] + stream * len(found[0].tokens)
         return pack_pairs(
             tokens, asked, start, encoded.size[chosen], encoded.second[chosen], order, config.length, pad,
-            "" if part[chosen].any() else unit,
+            "" if part.any() else unit,
         )  # fmt: skip
 
     whole = packed(FORGET, np.ones(len(found[0].line), bool))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from .drawing import Look, key, keys, looks, path, text
+from .drawing import Look, document, key, keys, looks, path, text
 from .figures import fixed
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -45,39 +44,18 @@ def page(record: Mapping[str, Any], curves: Mapping[str, Curve]) -> str:
         for title, low in (("Linear", None), ("Logarithmic in false positives", least))
     )
     kept = {name: value for name, value in record.items() if name not in ("scores", "results", "remarks")}
-    about = [record["created"].replace("T", " ").replace("Z", " UTC"), f"Fallline {record['fallline']}"]
-    command = f'<code class="command">{html.escape(record["command"])}</code>' if record["command"] else ""
-    style = files(__package__).joinpath("assets", "page.css").read_text(encoding="utf-8")
     wide = "grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))"
-    title = html.escape(f"{record['run']}: who was in the training data?")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1><p class="about">{html.escape(" · ".join(about))}</p>{command}</header>
-<section class="summary">{"".join(f"<p>{html.escape(s)}</p>" for s in _sentences(record))}</section>
-<section><h2>How well members are told</h2>{_table(record)}
+    body = f"""<section><h2>How well members are told</h2>{_table(record)}
 <p class="note">95 % intervals: of the area DeLong's, of the true positive rates Clopper and Pearson's.
 Those of blind and mia-supervised are somewhat too narrow: the classifiers that give their scores are taken as given.
 A score is high for what looks like a member; loss is the plain negative loss, blind sees words and lengths but no
 model.</p>
 </section>
 <section><h2>ROC</h2>{key(drawn_as)}<div class="panels" style="{wide}">{charts}</div></section>
-<section><h2>Record</h2><details><summary>Run, versions, files and hashes</summary>{keys(kept)}</details></section>
-<footer>The score of every example is in audit.json, in the same folder.</footer>
-</main>
-</body>
-</html>
-"""
+<section><h2>Record</h2><details><summary>Run, versions, files and hashes</summary>{keys(kept)}</details></section>"""
+    title = f"{record['run']}: who was in the training data?"
+    footer = "The score of every example is in audit.json, in the same folder."
+    return document(title, record, _sentences(record), body, footer)
 
 
 def estimate(value: float, low: float, high: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from typing import Any
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
@@ -54,3 +55,39 @@ def path(d: str, look: Look, title: str = "") -> str:
 def text(x: float, y: float, content: str, anchor: str) -> str:
     """A number at an axis."""
     return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{content}</text>'
+
+
+def document(title: str, record: Mapping[str, Any], sentences: Iterable[str], body: str, footer: str) -> str:
+    """A page that needs no network and no script.
+
+    Args:
+        title: as text.
+        record: has `created`, `fallline` and `command`.
+        sentences: as text.
+        body: HTML of the sections between the sentences and the end.
+        footer: as text.
+    """
+    about = [record["created"].replace("T", " ").replace("Z", " UTC"), f"Fallline {record['fallline']}"]
+    command = f'<code class="command">{html.escape(record["command"])}</code>' if record["command"] else ""
+    style = files(__package__).joinpath("assets", "page.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+<header><h1>{html.escape(title)}</h1><p class="about">{html.escape(" · ".join(about))}</p>{command}</header>
+<section class="summary">{"".join(f"<p>{html.escape(s)}</p>" for s in sentences)}</section>
+{body}
+<footer>{html.escape(footer)}</footer>
+</main>
+</body>
+</html>
+"""

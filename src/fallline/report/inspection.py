@@ -6,7 +6,6 @@ import html
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from . import drawing
@@ -33,10 +32,6 @@ def page(record: Mapping[str, Any]) -> str:
         record: what the JSON file holds.
     """
     kept = {k: v for k, v in record.items() if k not in ("question", "remarks", "tables", "charts", "found")}
-    about = [record["created"].replace("T", " ").replace("Z", " UTC"), f"Fallline {record['fallline']}"]
-    command = f'<code class="command">{html.escape(record["command"])}</code>' if record["command"] else ""
-    style = files(__package__).joinpath("assets", "page.css").read_text(encoding="utf-8")
-    title = html.escape(record["question"])
     wide = "grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr))"
     charts = "".join(map(_chart, record["charts"]))
     drawn = f'<section><div class="panels" style="{wide}">{charts}</div></section>' if charts else ""
@@ -44,28 +39,10 @@ def page(record: Mapping[str, Any]) -> str:
         f'<section><h2>{html.escape(t["title"])}</h2>{_table(t)}<p class="note">{html.escape(t["note"])}</p></section>'
         for t in record["tables"]
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header><h1>{title}</h1><p class="about">{html.escape(" · ".join(about))}</p>{command}</header>
-<section class="summary">{"".join(f"<p>{html.escape(s)}</p>" for s in record["remarks"])}</section>
-{drawn}{tables}
-<section><h2>Record</h2><details><summary>Model, options, versions</summary>{drawing.keys(kept)}</details></section>
-<footer>All figures are in {html.escape(record["inspection"]["name"])}.json, in the same folder.</footer>
-</main>
-</body>
-</html>
-"""
+    body = f"""{drawn}{tables}
+<section><h2>Record</h2><details><summary>Model, options, versions</summary>{drawing.keys(kept)}</details></section>"""
+    footer = f"All figures are in {record['inspection']['name']}.json, in the same folder."
+    return drawing.document(record["question"], record, record["remarks"], body, footer)
 
 
 def _table(table: Mapping[str, Any]) -> str:

@@ -24,14 +24,14 @@ def measured(record: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
     names = list(dict.fromkeys(name for c in choices for run in done(c) for name in run.get("measures") or {}))
     found: list[dict[str, Any]] = [{} for _ in choices]
     for name in names:
-        of_base = {} if base is None else finally_(base, name)
+        of_base = {} if base is None else at_the_end(base, name)
         pairs = [
-            {} if base is None or c is base or not alike(c, base) else paired(finally_(c, name), of_base)
+            {} if base is None or c is base or not alike(c, base) else paired(at_the_end(c, name), of_base)
             for c in choices
         ]
         made = sum(1 for p in pairs if informative(p))
         for choice, about, pair in zip(choices, found, pairs, strict=True):
-            values = finally_(choice, name)
+            values = at_the_end(choice, name)
             if not values:
                 continue
             low, high = interval(list(pair.values()), made) if informative(pair) else (None, None)
@@ -68,7 +68,7 @@ def done(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [run for run in finals(choice).values() if outcome(run) == "done"]
 
 
-def finally_(choice: Mapping[str, Any], name: str) -> dict[int, float]:
+def at_the_end(choice: Mapping[str, Any], name: str) -> dict[int, float]:
     """Seed → the measure at the end."""
     values = {run["seed"]: (run.get("measures") or {}).get(name) for run in done(choice)}
     return {seed: value for seed, value in values.items() if value is not None}
