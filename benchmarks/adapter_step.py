@@ -23,7 +23,7 @@ from fallline.metrics import peak_memory as process_peak
 from fallline.metrics import resident_memory
 from fallline.tokens import token_losses
 from harness import compare, peak_memory, save, table
-from lora_step import LENGTH, ROWS, base
+from lora_step import LENGTH, ROWS, base, text
 
 LORA = {"r": 16, "lora_alpha": 8, "use_rslora": True}
 ADAPTERS: Mapping[str, tuple[Mapping[str, Any], Callable[[], peft.PeftConfig]]] = {
@@ -38,11 +38,7 @@ ADAPTERS: Mapping[str, tuple[Mapping[str, Any], Callable[[], peft.PeftConfig]]] 
 
 def contestant(id: str, name: str) -> Callable[[], float]:
     """One step; gives its loss."""
-    ids = torch.randint(0, 49152, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = ids.roll(-1, 1)
-    labels[:, -1] = -100
-    batch = {"input_ids": ids, "labels": labels}
-    share = torch.full(ids.shape, 1 / (ROWS * (LENGTH - 1)))
+    ids, batch, share = text()
     model = base()
     options, config = ADAPTERS[id]
     if name == "peft":

@@ -48,13 +48,17 @@ def base() -> Any:
     return smollm2.build(config, tokenizer=words, length=LENGTH, seed=0, dtype=torch.float32, device=cpu).train()
 
 
-def contestant(name: str) -> Callable[[], float]:
-    """One step of a contestant; gives its loss."""
+def text() -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Random tokens; them as a batch; each label's share of the loss."""
     ids = torch.randint(0, 49152, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     labels[:, -1] = -100
-    batch = {"input_ids": ids, "labels": labels}
-    share = torch.full(ids.shape, 1 / (ROWS * (LENGTH - 1)))
+    return ids, {"input_ids": ids, "labels": labels}, torch.full(ids.shape, 1 / (ROWS * (LENGTH - 1)))
+
+
+def contestant(name: str) -> Callable[[], float]:
+    """One step of a contestant; gives its loss."""
+    ids, batch, share = text()
     model = base()
     if name == "products":
         return products(attach(model, "lora", rank=RANK))

@@ -7,11 +7,15 @@ are forked from the server that conftest.py has everything imported in.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fallline import checkpoint
 
 
 @dataclass
@@ -20,6 +24,19 @@ class Ended:
 
     code: int
     output: str
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "memory")} for line in lines]
+
+
+def same_end(killed: Path, whole: Path) -> None:
+    """Both runs have the same records, and the same state to the bit."""
+    assert records(killed) == records(whole)
+    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
+    assert state[0].read_bytes() == state[1].read_bytes()
 
 
 class Launcher:

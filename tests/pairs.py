@@ -107,6 +107,8 @@ def objective(id: str, **options: Any) -> Any:
 class Whole:
     """Every example, in packed rows or one a row."""
 
+    by_stream = True
+
     def __init__(self, found: Any, packed: bool) -> None:
         self.found, self.packed = found, packed
 

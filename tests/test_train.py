@@ -25,7 +25,7 @@ from fallline.errors import InputError
 from fallline.metrics import Metrics, Trackers
 from fallline.recipe import Recipe
 from fallline.step import Run
-from launcher import Launcher
+from launcher import Launcher, records
 
 STEPS = 24
 
@@ -44,12 +44,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         "checkpoint: {every: 3, keep: 2}\n"
     )
     return path
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "memory")} for line in lines]
 
 
 def final(out: Path) -> dict[str, bytes]:

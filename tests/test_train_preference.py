@@ -7,12 +7,11 @@ import math
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fallline import checkpoint
-from launcher import Launcher
+from launcher import Launcher, records, same_end
 
 STEPS = 6
 
@@ -32,11 +31,6 @@ def recipe(tmp_path: Path) -> Path:
         f"steps: {STEPS}\nbatch: 4\nmicro: 2\nsample: 0\neval: {{every: 3}}\ncheckpoint: {{every: 1, keep: 2}}\n"
     )
     return path
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "memory")} for line in lines]
 
 
 @pytest.mark.parametrize(("adapter", "kills"), [("none", (3, 2)), ("lora", (3,))])
@@ -59,6 +53,4 @@ def test_a_run_and_the_same_killed_and_resumed(
         resume = ("--resume",) if attempt else ()
         ended = fallline(*arguments, f"out={killed}", *resume, die_at=die)
         assert ended.code == (-signal.SIGKILL if die else 0), ended.output
-    assert records(killed) == found
-    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
-    assert state[0].read_bytes() == state[1].read_bytes()
+    same_end(killed, whole)

@@ -6,12 +6,11 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fallline import checkpoint
-from launcher import Launcher
+from launcher import Launcher, records, same_end
 
 STEPS = 4
 
@@ -36,9 +35,11 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "memory")} for line in lines]
+def killed_and_resumed(fallline: Launcher, arguments: tuple[str, ...], out: Path) -> None:
+    for attempt, die in enumerate(((checkpoint.POINTS[2], 2), None)):
+        resume = ("--resume",) if attempt else ()
+        ended = fallline(*arguments, f"out={out}", *resume, die_at=die)
+        assert ended.code == (-signal.SIGKILL if die else 0), ended.output
 
 
 def test_a_run_and_the_same_killed_and_resumed(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
@@ -51,13 +52,8 @@ def test_a_run_and_the_same_killed_and_resumed(fallline: Launcher, recipe: Path,
     assert found[1]["retain_kl"] == pytest.approx(0, abs=1e-6)
     assert found[-1]["val_loss"] < found[0]["val_loss"]
     assert found[-1]["forget_nll"] > found[1]["forget_nll"] + 0.3
-    for attempt, die in enumerate(((checkpoint.POINTS[2], 2), None)):
-        resume = ("--resume",) if attempt else ()
-        ended = fallline(*arguments, f"out={killed}", *resume, die_at=die)
-        assert ended.code == (-signal.SIGKILL if die else 0), ended.output
-    assert records(killed) == found
-    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
-    assert state[0].read_bytes() == state[1].read_bytes()
+    killed_and_resumed(fallline, arguments, killed)
+    same_end(killed, whole)
 
 
 def test_refusals_are_learned_and_what_is_missing_is_told(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
@@ -86,10 +82,5 @@ def test_an_attack_in_every_step_killed_and_resumed(fallline: Launcher, recipe: 
     assert found[-1]["refusal_nll"] < found[1]["refusal_nll"]
     assert found[-1]["retain_nll"] < found[1]["retain_nll"]
     assert "forget_away" in found[1]
-    for attempt, die in enumerate(((checkpoint.POINTS[2], 2), None)):
-        resume = ("--resume",) if attempt else ()
-        ended = fallline(*arguments, f"out={killed}", *resume, die_at=die)
-        assert ended.code == (-signal.SIGKILL if die else 0), ended.output
-    assert records(killed) == found
-    state = [checkpoint.find(out)[-1].path / "state.safetensors" for out in (whole, killed)]
-    assert state[0].read_bytes() == state[1].read_bytes()
+    killed_and_resumed(fallline, arguments, killed)
+    same_end(killed, whole)

@@ -23,7 +23,7 @@ from fallline.optim import create
 from fallline.recipe import Recipe
 from fallline.step import take_step
 
-from .models import llama
+from .models import llama, stop_at
 
 SORA = "{name: sora, rank: 6, threshold: 0.15, prune_every: 2}"
 CHANGING = {
@@ -59,14 +59,6 @@ def unordered(tree: Any) -> Any:
 @every
 def test_a_run_cut_around_its_changes_ends_with_the_same_bits(corpus: Path, tmp_path: Path, adapter: str) -> None:
     """All of its state, in bfloat16, where the optimizer works on copies; cut before and after a change."""
-
-    def stop_at(step: int) -> Any:
-        def watch(record: Any) -> str:
-            if record["step"] == step:
-                raise KeyboardInterrupt  # as a kill: nothing is saved on the way out
-            return ""
-
-        return watch
 
     more = ("precision=bfloat16",)
     whole = train(recipe(corpus, tmp_path / "whole", adapter, *more), progress=None)

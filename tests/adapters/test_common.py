@@ -21,7 +21,7 @@ from fallline.optim import create
 from fallline.per_example import Norms, PerExample
 from fallline.recipe import Recipe
 
-from .models import gpt2, llama, logits, state, tokens
+from .models import gpt2, llama, logits, state, stop_at, tokens
 from .table import ROWS, Row, batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's about Transformers
@@ -227,14 +227,6 @@ def test_a_run_that_is_interrupted_twice_ends_with_the_same_bits(
             f"optimizer: {{name: adamw, lr: {row.rate}}}\nsteps: 6\nbatch: 4\nmicro: 2\nsample: 0\nout: {out}\n"
             "eval: {every: 3, rows: 4}\ncheckpoint: {every: 2, keep: 9}\n"
         )
-
-    def stop_at(step: int) -> Any:
-        def watch(record: Any) -> str:
-            if record["step"] == step:
-                raise KeyboardInterrupt  # as a kill: nothing is saved on the way out
-            return ""
-
-        return watch
 
     whole = train(recipe(tmp_path / "whole"), progress=None)
     assert len({record["loss"] for record in whole.metrics[1:]}) == 6

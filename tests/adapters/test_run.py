@@ -20,6 +20,8 @@ from fallline.errors import InputError
 from fallline.recipe import Recipe
 from fallline.step import take_step
 
+from .models import stop_at
+
 STEPS = 8
 
 
@@ -67,14 +69,6 @@ def test_a_run_trains_saves_and_exports_the_adapter_alone(base: Path, corpus: Pa
 def test_an_interrupted_run_resumes_to_the_same_bits_twice(base: Path, corpus: Path, tmp_path: Path) -> None:
     train(recipe(base, corpus, tmp_path / "whole"), progress=None)
     out = tmp_path / "cut"
-
-    def stop_at(step: int) -> Any:
-        def watch(record: Any) -> str:
-            if record["step"] == step:
-                raise KeyboardInterrupt  # as a kill: nothing is saved on the way out
-            return ""
-
-        return watch
 
     for resume, step in ((False, 5), (True, 7)):
         with pytest.raises(KeyboardInterrupt):

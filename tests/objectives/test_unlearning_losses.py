@@ -16,7 +16,6 @@ from fallline.adapters import attach
 from fallline.adapters.layers import disabled
 from fallline.catalog import find
 from fallline.contracts import Draw
-from fallline.data.packed import whole_rows
 from fallline.errors import InputError
 from fallline.gradients.per_example import PerExampleNorms
 from fallline.isolation import isolated
@@ -24,7 +23,7 @@ from fallline.objectives.flat import PAIRS, Config
 from fallline.objectives.forgetting import REFERENCE, Told
 from fallline.reference import Reference
 from fallline.step import Run, take_step
-from pairs import batch_of, draws, llama, logps, source, streamed
+from pairs import Whole, batch_of, draws, llama, logps, source, streamed
 from step.helpers import assert_left_as_found, gradients, make
 
 from .rows.unlearning import ROWS
@@ -131,20 +130,6 @@ def test_a_divergence_is_its_convex_conjugate_and_pulls_the_right_way(kind: str)
 def streams(number: int = 5, kept: int = 4) -> Any:
     """Answers to forget, each with a refusal, and others to keep."""
     return streamed(draws(number), [(first,) for first, _ in draws(kept, 1)] if kept else [])
-
-
-class Whole:
-    """Every example, in packed rows or one a row."""
-
-    by_stream = True
-
-    def __init__(self, found: Any, packed: bool) -> None:
-        self.found, self.packed = found, packed
-
-    def draw(self, step: int, rng: torch.Generator) -> Draw:
-        drawn = whole_rows(self.found.rows, torch.arange(len(self.found.rows) - 1))
-        weight = 1 + torch.arange(len(drawn.ids)) % 3
-        return Draw(drawn.ids, weight.float(), drawn.row if self.packed else None)
 
 
 def run(made: Any, found: Any, micro: int = 99, packed: bool = True, **more: Any) -> Run:

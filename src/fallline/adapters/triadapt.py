@@ -93,6 +93,9 @@ class Triadapt(MadeLora):
     def first_size(self) -> int:
         return self.config.first
 
+    def at_size(self, size: int) -> Triadapt:
+        return Triadapt(self.config, size)  # s follows from the rank to be reached, which stays
+
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """First rank of each block and of what follows it."""
