@@ -12,8 +12,7 @@ name is enough when the defaults will do. `probes` is a list of such. All other 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ import yaml
 from .catalog import entries, find
 from .errors import InputError, nearest
 from .options import Options, option
+from .written import Node, flat, plain, read, relocate
 
 T = TypeVar("T", bound=Options)
 
@@ -106,14 +106,6 @@ FREE = ("out", "checkpoint", "tracker", "sample", "threads", "device")
 
 
 @dataclass(frozen=True)
-class Node:
-    """A value of the recipe and where it was written: scalar, list of nodes, or mapping of nodes."""
-
-    value: Any
-    where: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """A method and its options."""
 
@@ -182,7 +174,7 @@ class Recipe:
     @classmethod
     def parse(cls, text: str, *overrides: str, origin: str = "recipe", name: str = "run") -> Recipe:
         """A recipe from YAML text; see `load`."""
-        root = _read(text, origin)
+        root = read(text, origin)
         if not isinstance(root.value, dict):
             got = "nothing" if root.value is None else "a list" if isinstance(root.value, list) else repr(root.value)
             raise InputError(f"{origin}: a recipe is a mapping of keys to values, this is {got}")
@@ -202,14 +194,14 @@ class Recipe:
         sections = {key: _section(key, kind, tree.get(key, Node({}))) for key, kind in SECTIONS.items()}
         listed = tree.get("probes", Node([]))
         if not isinstance(listed.value, list):
-            raise InputError(f"'probes' must be a list of names, got {_plain(listed)!r}{listed.where}")
+            raise InputError(f"'probes' must be a list of names, got {plain(listed)!r}{listed.where}")
         probes = tuple(_choice("probe", node) for node in listed.value)
         twice = {p.id for p in probes if [q.id for q in probes].count(p.id) > 1}
         if twice:
             raise InputError(f"'probes' names {', '.join(sorted(twice))} twice{listed.where}")
         given = {k: v for k, v in tree.items() if k in Settings.__dataclass_fields__}
         settings = Settings.from_mapping(
-            {k: _plain(v) for k, v in given.items()},
+            {k: plain(v) for k, v in given.items()},
             "the recipe",
             lambda k: given[k].where if k in given else f" ({origin})",
         )
@@ -254,61 +246,6 @@ class Recipe:
 _EXAMPLES = {"model": "{name: llama, preset: tiny}", "data": "{name: python-docs}"}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars a recipe needs: null, true/false, whole numbers, numbers (also 1e-3), text."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _read(text: str, origin: str) -> Node:
-    """YAML text as nodes that know their line."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise InputError(f"{origin}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
-
-    def walk(node: yaml.Node) -> Node:
-        where = f" ({origin}:{node.start_mark.line + 1})"
-        if isinstance(node, yaml.MappingNode):
-            found: dict[str, Node] = {}
-            for key_node, value_node in node.value:
-                key, at = key_node.value, f" ({origin}:{key_node.start_mark.line + 1})"
-                if not isinstance(key, str):
-                    raise InputError(f"a key must be a name{at}")
-                if key in found:
-                    raise InputError(f"duplicate key {key!r}: first{found[key].where}, again{at}")
-                found[key] = Node(walk(value_node).value, at)
-            return Node(found, where)
-        if isinstance(node, yaml.SequenceNode):
-            return Node([walk(child) for child in node.value], where)
-        try:
-            return Node(loader.construct_object(node), where)
-        except (yaml.YAMLError, ValueError) as error:
-            raise InputError(f"cannot read {node.value!r}: {getattr(error, 'problem', None) or error}{where}") from None
-
-    try:
-        return Node(None) if root is None else walk(root)
-    except RecursionError:
-        raise InputError(f"{origin}: an alias contains itself") from None
-
-
-def _plain(node: Node) -> Any:
-    if isinstance(node.value, dict):
-        return {k: _plain(v) for k, v in node.value.items()}
-    return [_plain(v) for v in node.value] if isinstance(node.value, list) else node.value
-
-
 def _override(tree: dict[str, Node], text: str) -> None:
     """Apply one ``key=value`` or ``key.option=value`` in place."""
     path, equals, value = text.partition("=")
@@ -316,7 +253,7 @@ def _override(tree: dict[str, Node], text: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys) or len(keys) > 2:
         raise InputError(f"an override is key=value or key.option=value, got {text!r}")
-    read = _read(value, text).value
+    given = read(value, text).value
     head = keys[0]
     if head not in Recipe.KEYS:
         raise InputError(f"unknown key {head!r}; {nearest(head, Recipe.KEYS)}{where}")
@@ -325,35 +262,12 @@ def _override(tree: dict[str, Node], text: str) -> None:
         if head not in WORDS and head not in SECTIONS:
             raise InputError(f"{head!r} has no options{where}")
         inner = dict(_as_mapping(head, old)) if old is not None else {}
-        inner[keys[1]] = Node(_relocate(read, where), where)
+        inner[keys[1]] = Node(relocate(given, where), where)
         tree[head] = Node(inner, old.where if old is not None else where)
-    elif head in WORDS and old is not None and _as_mapping(head, old).get("name", Node(None)).value == read:
+    elif head in WORDS and old is not None and _as_mapping(head, old).get("name", Node(None)).value == given:
         pass  # the method the recipe already has: its options stay
     else:
-        tree[head] = Node(_relocate(read, where), where)
-
-
-def settings_of(texts: Sequence[str]) -> dict[str, Any]:
-    """What ``key=value`` texts say, the values read as a recipe's are.
-
-    Raises:
-        InputError: one is no such text, a key is given twice, or a value is not YAML.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise InputError(f"an option is key=value, got {text!r}")
-        if key in found:
-            raise InputError(f"{key!r} is given twice (in {text!r})")
-        found[key] = _plain(_read(value, text))
-    return found
-
-
-def _relocate(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        return {k: Node(_relocate(v.value, where), where) for k, v in value.items()}
-    return [Node(_relocate(v.value, where), where) for v in value] if isinstance(value, list) else value
+        tree[head] = Node(relocate(given, where), where)
 
 
 def _as_mapping(kind: str, node: Node) -> dict[str, Node]:
@@ -401,31 +315,12 @@ def _also(node: Node) -> tuple[Node, dict[str, Choice]]:
     if not isinstance(also.value, dict):
         raise InputError(
             f"'eval.also' must be a mapping of names to data, such as {{docs: {{name: python-docs}}}}, got "
-            f"{_plain(also)!r}{also.where}"
+            f"{plain(also)!r}{also.where}"
         )
     return Node(rest, node.where), {name: _choice("data", data) for name, data in also.value.items()}
 
 
 def _options(kind: type[T], given: Mapping[str, Node], what: str, where: str) -> T:
     """Options from nodes; an error names the key's own line where it has one."""
-    plain = {k: _plain(v) for k, v in given.items()}
-    return kind.from_mapping(plain, what, lambda k: given[k].where if k in given else where)
-
-
-def commas(text: str) -> Iterator[str]:
-    """Text split at the commas that are in no bracket."""
-    depth, start = 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "[{") - (c in "]}")
-        if c == "," and depth == 0:
-            yield text[start:i]
-            start = i + 1
-    yield text[start:]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A mapping of mappings with joined keys: ``optimizer.lr``."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
+    values = {k: plain(v) for k, v in given.items()}
+    return kind.from_mapping(values, what, lambda k: given[k].where if k in given else where)

@@ -7,7 +7,8 @@ fallline.adapters.merge(model)  # or: add it into the weights
 """
 
 from .begin import attach
-from .layers import activate, disabled, follow, merge, names, remove, unmerge
+from .layers import activate, disabled, follow, names, remove
+from .merging import merge, unmerge
 from .peft import load, save
 from .scaling import scaled
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from ..drivers.audit import audit as attack
 from ..drivers.inspection import inspect
 from ..errors import InputError
-from ..recipe import settings_of
 from ..report import inspection
 from ..report.audit import table
+from ..written import settings_of
 
 
 def audit(args: Namespace, options: Sequence[str], argv: Sequence[str]) -> int:

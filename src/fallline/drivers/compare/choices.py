@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ...catalog import KINDS, entries
 from ...errors import InputError, nearest
-from ...recipe import Recipe, commas
+from ...recipe import Recipe
+from ...written import commas
 
 OWN = ("out", "seed", "sample", "tracker", "checkpoint", "probes")
 """Keys that a choice cannot be about: the comparison sets them, or they change nothing that it measures."""

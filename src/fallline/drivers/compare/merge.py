@@ -10,8 +10,9 @@ from typing import Any
 
 from ...errors import InputError
 from ...metrics import RATES, read
-from ...recipe import FREE, Recipe, flat
+from ...recipe import FREE, Recipe
 from ...report import analyse, write
+from ...written import flat
 from ..folder import next_free
 from .measuring import spread
 from .record import Record, comparable, curve_of, final_measures, gather, machine, measured_on, read_json, trade_off

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 from ...errors import InputError, nearest
 from ...models.llama import PRESETS
 from ...models.loading import check_length
-from ...recipe import Recipe, commas
+from ...recipe import Recipe
+from ...written import commas
 from ..skeleton import shape_of
 from .forecast import forecast, setup_of
 from .table import Row, combinations, verdict
