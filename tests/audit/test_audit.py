@@ -64,7 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(home: Path) -> Path:
     """The same with an adapter."""
-    train(recipe_for(home, "lora", "adapter={name: lora, rank: 8}", "optimizer.lr=3e-2", "steps=100"), progress=None)
+    train(recipe_for(home, "lora", "adapter={name: lora, rank: 8}"), progress=None)
     return home / "lora"
 
 
@@ -147,7 +147,7 @@ def test_scores_of_an_adapter_run(home: Path, lora: Path, tmp_path: Path) -> Non
         out=tmp_path,
     )
     assert list(aucs(found.record)) == ["mia-flora", "mia-gradnorm", "loss", "blind"]
-    assert aucs(found.record)["mia-flora"][1] > 0.5
+    assert aucs(found.record)["mia-flora"][1] > 0.7
     assert found.record["model"]["adapter"]
     examples = examples_of(home)
     base, tuned = (losses(model, examples, 8) for model in (load_base(home), open_trained(str(lora)).model))
