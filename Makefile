@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test peers lint clean
+.PHONY: install demo test slow peers lint clean
 
 install: $(VENV)/.installed
 
@@ -16,8 +16,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/fallline demo
 
+# One worker a core: a test has one thread.
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+slow: install
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 # The tests that compare with optimizers of others, which stay out of .venv: see peers.txt.
 peers: install .peers/.installed
