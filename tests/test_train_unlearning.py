@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from fallline import checkpoint
 from launcher import Launcher, records, same_end
+from mixtures import mixture
+from talkers import byte_tokenizer
 
 STEPS = 4
 
@@ -84,3 +87,32 @@ def test_an_attack_in_every_step_killed_and_resumed(fallline: Launcher, recipe: 
     assert "forget_away" in found[1]
     killed_and_resumed(fallline, arguments, killed)
     same_end(killed, whole)
+
+
+def test_one_expert_killed_and_resumed_and_its_export_is_whole(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
+    tokenizer, net = byte_tokenizer(), mixture(words=258)
+    net.save_pretrained(tmp_path / "net")
+    tokenizer.save_pretrained(tmp_path / "net")
+    recipe.write_text(re.sub(r"^model: .*", f"model: {tmp_path}/net", recipe.read_text()).replace(", vocab: 300", ""))
+    arguments = ("train", str(recipe), "--quiet", "--force", "objective={name: uoe, of: graddiff}")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = fallline(*arguments, f"out={whole}")
+    assert ended.code == 0, ended.output
+    found = records(whole)
+    layer, expert = (found[-1][name] for name in ("chosen_layer", "chosen_expert"))
+    assert f"expert {expert} of 'model.layers.{layer}.mlp.experts' gets" in ended.output
+    assert found[-1]["forget_nll"] > found[1]["forget_nll"]
+    killed_and_resumed(fallline, arguments, killed)
+    same_end(killed, whole)
+
+    after, told = type(net).from_pretrained(whole / "model", output_loading_info=True)
+    assert not any(told.values())
+    for name, p in net.named_parameters():
+        changed = [i for i, (a, b) in enumerate(zip(p, after.get_parameter(name), strict=True)) if not a.equal(b)]
+        if f"layers.{layer}.mlp.experts." in name:
+            assert changed == [expert]
+        elif f"layers.{layer}.mlp.gate." not in name:
+            assert not changed
+    refused = fallline(*arguments, "adapter=lora", f"out={tmp_path / 'a'}")
+    assert refused.code == 2
+    assert "leave out the adapter" in refused.output

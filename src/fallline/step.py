@@ -87,6 +87,7 @@ class Run:
                 the name of something else in the state; a trained parameter that the optimizer does not hold or that
                 model and objective both have; whatever a word's own `check` refuses.
         """
+        self.parts = getattr(self.objective, "parts", {}) | self.parts
         for name in self.parts:
             if name in (*self.WORDS, *self.COUNTS):
                 raise InputError(f"a part cannot be named {name!r}: the state has that already")

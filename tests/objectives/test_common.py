@@ -124,7 +124,7 @@ def run(row: Row, model: Any, *, micro: int = 8, packed: bool = False, parts: An
     return Run(model=model, micro=micro, **given | words)
 
 
-OWN = {"entangle-mask", "adv-comp-sum", "lat"}
+OWN = {"entangle-mask", "adv-comp-sum", "lat", "uoe"}
 """Functions of more than an answer's logits, whose tests are their own."""
 
 
