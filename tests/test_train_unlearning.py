@@ -89,7 +89,9 @@ def test_an_attack_in_every_step_killed_and_resumed(fallline: Launcher, recipe: 
     same_end(killed, whole)
 
 
-def test_one_expert_killed_and_resumed_and_its_export_is_whole(fallline: Launcher, recipe: Path, tmp_path: Path) -> None:
+def test_one_expert_killed_and_resumed_and_its_export_is_whole(
+    fallline: Launcher, recipe: Path, tmp_path: Path
+) -> None:
     tokenizer, net = byte_tokenizer(), mixture(words=258)
     net.save_pretrained(tmp_path / "net")
     tokenizer.save_pretrained(tmp_path / "net")
@@ -113,6 +115,3 @@ def test_one_expert_killed_and_resumed_and_its_export_is_whole(fallline: Launche
             assert changed == [expert]
         elif f"layers.{layer}.mlp.gate." not in name:
             assert not changed
-    refused = fallline(*arguments, "adapter=lora", f"out={tmp_path / 'a'}")
-    assert refused.code == 2
-    assert "leave out the adapter" in refused.output

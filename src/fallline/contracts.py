@@ -154,10 +154,10 @@ class Objective(Protocol):
     whoever sizes a forward (`check` does it in a run); `columns`, name → shape beyond [B] of the float64 columns that
     `prepare` adds and `forward` needs, and `token_columns(model)`, name → (shape beyond [R, L], dtype), for whoever
     sizes a forward without preparing; `compares`, of a function of what `sequence_logps` says of two sequences, the
-    terms that weigh one against the other; and `trade_off`, two measures of an evaluation that a comparison draws
-    against each other. In `forward` the batch carries ``share/TERM`` [B], the derivative of the loss by each value, for
-    kernels that form gradients in the forward. Rows outside a term's stream have value and count 0. With `couples =
-    "group"` every batch has `group_id`.
+    terms that weigh one against the other; `parts`, name → `Part`, which take part in the run; and `trade_off`, two
+    measures of an evaluation that a comparison draws against each other. In `forward` the batch carries ``share/TERM``
+    [B], the derivative of the loss by each value, for kernels that form gradients in the forward. Rows outside a term's
+    stream have value and count 0. With `couples = "group"` every batch has `group_id`.
     """
 
     couples: ClassVar[Couples]

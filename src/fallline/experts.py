@@ -132,7 +132,7 @@ def split_off(mixture: Mixture, expert: int) -> Expert:
         for key, part in module.get_submodule(name).named_parameters():
             stack = module.get_parameter(key)
             assert part.data_ptr() == stack[expert].data_ptr(), "a copied or moved model has parts of its own"
-            vars(module)[key] = Stack.apply(stack, part, expert)  # type: ignore[no-untyped-call]
+            vars(module)[key] = Stack.apply(stack, part, expert)
 
     def take(module: nn.Module, args: Any, output: Any) -> None:
         for key, _ in module.get_submodule(name).named_parameters():

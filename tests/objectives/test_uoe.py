@@ -239,7 +239,7 @@ def test_a_stack_has_second_derivatives_by_its_part() -> None:
 
 def test_prepare_leaves_all_as_found_and_needs_a_choice() -> None:
     here = run(objective("uoe"))
-    with pytest.raises(InputError, match="has chosen no expert yet; call run.setup"):
+    with pytest.raises(InputError, match="has chosen no expert yet"):
         take_step(here)
     here.setup()
     assert_left_as_found(here, "objective")

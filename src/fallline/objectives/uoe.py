@@ -138,7 +138,9 @@ class Chosen:
                 "freeze nothing"
             )
         if getattr(model.get_decoder(), "_compiled_call_impl", None) is not None:
-            raise InputError("objective 'uoe' listens to routers, which compiled code does not allow; leave out compile")
+            raise InputError(
+                "objective 'uoe' listens to routers, which compiled code does not allow; leave out compile"
+            )
         if hasattr(run.estimator, "secret"):
             raise InputError(
                 "objective 'uoe' chooses its expert from the data, which the guarantee of a private run does not cover"
@@ -179,14 +181,15 @@ class Chosen:
     def narrow(self, model: nn.Module, layer: str, expert: int) -> list[Change]:
         """From now on this expert and its router are all that is trained."""
         mixture = mixtures(model)[layer]
-        before = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        own, kept = list(split_off(mixture, expert).parameters()), list(mixture.router.parameters())
+        before = {name for name, p in model.named_parameters() if p.requires_grad}  # split_off freezes the stacks
+        own, kept = set(split_off(mixture, expert).parameters()), set(mixture.router.parameters())
         changes = []
         for name, p in model.named_parameters():
-            if any(p is one for one in own):
+            if p in own:
                 changes.append(Change(name, None, p))
-            elif name in before and not any(p is one for one in kept):
-                changes.append(Change(name, p.requires_grad_(False), None))
+            elif name in before and p not in kept:
+                p.requires_grad_(False)
+                changes.append(Change(name, p, None))
         self.layer, self.expert = layer, expert
         return changes
 
