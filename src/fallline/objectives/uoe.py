@@ -4,8 +4,8 @@
     loss = ℓ + α mean_t ‖g_t^(l*) − e_{i*}‖²
 
 g_t [E] is the router's softmax over all experts of a layer, before the top k are taken; ℓ is a loss of the unlearning
-family, named by `of`. Trained are expert i* and the router of its layer, everything else is frozen. Left alone, a
-router learns to send what is to be forgotten to other experts, so that the loss is met and nothing is forgotten; the
+family, named by `of`. Trained are expert i* and the router of its layer, everything else is frozen. The paper finds
+that a router left alone sends what is to be forgotten to other experts, which meets the loss and ruins those; the
 anchor holds it. Shared experts are no candidates.
 
 s is taken once, before step 0, over the first `TOKENS` tokens to forget, without dropout; the expert is part of the
@@ -53,7 +53,17 @@ CARD = Card(
     ),
     flops="a forward of 100 000 tokens to forget, once; the backward ends at the expert's layer",
     claim="with the same losses utility up to 35 % and forget quality up to 5 % higher, training 0.06 % of the weights",
-    checked="effect not shown",
+    checked=(
+        "effect not shown; choice, anchor, loss and slopes against a float64 reference of single sequences; without "
+        "the anchor the plain loss and its slices; all else to the bit under adamw and muon with weight decay, in "
+        "float32 and bfloat16, for Qwen2-MoE, Mixtral and GPT-OSS; resume. A mixture of 4 experts in 3 layers that "
+        "knows invented people and things, rates tuned alike, three seeds: right answers about things that unlearning "
+        "never saw, when the people are forgotten, 67 [47, 84] % around ga (alone 64 [53, 73]), 30 [0, 58] % around "
+        "graddiff (79 [67, 87]), 30 [7, 64] % around npo (82 [76, 89]); 97 % before. Of the tokens to forget the "
+        "expert gets 50 % before, 82 to 84 % under uoe, 45 to 51 % under the losses alone (python "
+        "benchmarks/expert_unlearning.py)"
+    ),
+    evidence=("benchmarks/results/expert_unlearning.json",),
     departures=(
         "the anchor is a mean over tokens, where the paper writes the norm of a layer's; one expert only: the paper "
         "finds more to be worse. RMU is no loss here"
