@@ -111,6 +111,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     reference = None
     if getattr(objective, "reference", False):  # now: whatever is loaded into the model later is not its beginning
         reference = Reference(model, content, None if adapter is None else disabled)
+    chosen_later = bool(getattr(objective, "parts", None))  # they choose what is trained before step 0
     estimator = recipe.estimator.module.build(recipe.estimator.options)
     sampler = recipe.sampler.module.build(
         recipe.sampler.options, dataset.train, rows=settings.batch, seed=settings.seed
@@ -161,7 +162,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         "model": {
             "sha256": content,
             "parameters": count(model),
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trained": None if chosen_later else sum(p.numel() for p in model.parameters() if p.requires_grad),
             "architecture": type(model).__name__,
         },
     }
