@@ -15,6 +15,7 @@ The exit codes of the command line:
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
 
 
@@ -40,6 +41,18 @@ class StorageError(FalllineError, OSError):
     """The disk refused. The last good checkpoint is named in the message and loadable."""
 
     exit_code = 4
+
+
+def check_package(package: str, extra: str) -> None:
+    """Of a package that only an extra of this one installs.
+
+    Raises:
+        InputError: it is missing.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the package {error.name} is missing; pip install 'fallline[{extra}]'") from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -28,8 +28,8 @@ _AUX: ContextVar[tuple[dict[str, Tensor], bool] | None] = ContextVar("aux", defa
 def aux(name: str, value: Tensor) -> None:
     """Add a term to the loss from inside a block or adapter: value [B], weighted by the run's coefficient for `name`.
 
-    It is divided by the number of examples. Does nothing outside a step's forward, hence also while activation
-    checkpointing runs a block again.
+    It is divided by the number of examples; a value [] is that of every example alike. Does nothing outside a step's
+    forward, hence also while activation checkpointing runs a block again.
 
     Raises:
         InputError: the block runs without gradients while the step asks for them, so the term would not be trained.
@@ -92,7 +92,7 @@ class Problem:
         for name, v in extra.items():
             if name not in run.coefficients:
                 raise InputError(f"a block adds the term {name!r}; {nearest(name, run.coefficients)}")
-            value[f"aux/{name}"] = run.coefficients[name] * v
+            value[f"aux/{name}"] = run.coefficients[name] * (v if v.ndim else v.expand_as(weight))
             share[f"aux/{name}"] = share[""]
         for term, v in value.items():
             if term not in share or v.shape != weight.shape:  # a scalar would be broadcast, and counted B times

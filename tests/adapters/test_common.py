@@ -48,7 +48,8 @@ def fit(row: Row, model: Any, steps: int = 5) -> list[float]:
 
 def test_every_adapter_of_the_catalogue_has_a_row() -> None:
     here = {id for (kind, id), entry in entries().items() if kind == "adapter" and "fallline" in entry.module}
-    assert here - {"none"} == {row.id for row in ROWS}
+    alone = {"none", "o3"}  # o3 is for unlearning runs and has tests of its own
+    assert here - alone == {row.id for row in ROWS}
 
 
 @every

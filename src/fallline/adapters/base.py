@@ -65,12 +65,14 @@ class Adapter:
             the layer on them; its options then say how many (`rows`), and of inputs how directions are found and dealt
             out (`rank`, `rho`, `tau`, see `eva`).
         between: it has something to do or to say between the steps of a run (`sizes`, `counts`).
+        runs_only: why only a run of `fallline train` can have it; empty: any loop can.
         peft_type: under which PEFT stores it.
     """
 
     id: ClassVar[str]
     needs: ClassVar[Literal["", "gradient", "inputs"]] = ""
     between: ClassVar[bool] = False
+    runs_only: ClassVar[str] = ""
     peft_type: ClassVar[str] = "LORA"
 
     def __init__(self, config: Any, size: int | None = None) -> None:
@@ -91,6 +93,14 @@ class Adapter:
     def resizes(self) -> bool:
         """Whether `sizes` ever asks for other sizes, with these options; only a run can follow."""
         return False
+
+    def at(self, path: str) -> Adapter:
+        """The method at a layer, where it knows something of its own of each.
+
+        Raises:
+            InputError: of this one it knows nothing.
+        """
+        return self
 
     def shapes(self, m: int, n: int) -> Mapping[str, tuple[int, ...]]:
         """Name → shape of the parameters for a weight [m, n].
@@ -144,6 +154,24 @@ class Adapter:
     def counts(self, layers: Layers) -> Mapping[str, Tensor]:
         """Name → number for the run's record, after each update; asked of the first layer's method."""
         return {}
+
+    def check_base(self, content: str) -> None:
+        """
+        Raises:
+            InputError: it is for another model than the one with this `models.identity.fingerprint`.
+        """
+
+    def part(self) -> Any:
+        """What takes part in a run for it, as a `contracts.Part`; None: nothing of its own."""
+        return None
+
+    def coefficients(self, layers: int) -> Mapping[str, float]:
+        """Name → coefficient of each term that its layers, so many, add to the loss with `fallline.step.aux`."""
+        return {}
+
+    def beside(self) -> Any:
+        """What is saved beside its tensors, by its own `save(folder)`; None: nothing."""
+        return None
 
     def delta(self, P: Any, W: Weight) -> Tensor:
         """ΔW [m, n], in at least float32: for merging, for tests."""

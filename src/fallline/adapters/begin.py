@@ -99,7 +99,7 @@ def attach(
     Raises:
         InputError: unknown method or option; no or impossible target layers; the name is taken; the model is merged or
             wrapped; a method that begins from data has none, or one that does not has some; one that changes its shape
-            during the run.
+            during the run, or is for runs only.
 
     Example:
         >>> model = attach(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2)
@@ -118,6 +118,8 @@ def attach(
             f"adapter {id!r} with these options changes its shape during the run, which 'fallline train' follows and "
             "other loops do not; use a recipe"
         )
+    if adapter.runs_only:
+        raise InputError(f"adapter {id!r} {adapter.runs_only}, which only 'fallline train' does; use a recipe")
     active = {layer: layer.active for layer in adapted(model).values()}
     trained = {p: p.requires_grad for p in model.parameters()}
     inject(model, adapter, name=name, seed=seed)

@@ -114,7 +114,7 @@ KINDS: Mapping[type[nn.Module], type[Adapted]] = {
 
 def inject(model: nn.Module, adapter: Adapter, *, name: str = "default", seed: int) -> None:
     """Put a built adapter on a model, as `attach` does. One that `needs` something begins later, see `begin`."""
-    put(model, dict.fromkeys(select(model, adapter.config.names()), adapter), name, seed=seed)
+    put(model, {path: adapter.at(path) for path in select(model, adapter.config.names())}, name, seed=seed)
     if not adapter.needs:
         for path, layer in adapted(model).items():
             if name in layer.adapters:

@@ -5,7 +5,7 @@
 
 `peft.PeftModel.from_pretrained(base, folder)` loads what `save` writes: a method that PEFT has is stored as PEFT stores
 it, every other as the LoRA that its change is (`Adapter.factors`). `load` takes what PEFT writes for the methods of
-`FORMATS`.
+`FORMATS`. Beside an adapter `o3` lies its gate, which PEFT knows nothing of: there the LoRA counts for every input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from ..errors import InputError, nearest
 from ..folders import readable
 from . import peft_lora, peft_miss, peft_randlora
 from .base import Adapter
+from .gated import Gating
 from .layers import Adapted, adapted, names, put, select
+from .o3_gate import FILE as GATE
+from .o3_gate import Gate
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -85,6 +88,8 @@ def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: s
     text = json.dumps(settings | method.peft_config(), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    if (more := method.beside()) is not None:
+        more.save(folder)
     readable(folder)
 
 
@@ -110,6 +115,7 @@ def short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
     """Put an adapter that PEFT or `save` wrote on a model, in place; it is the active one, and can be trained further.
+    One that has a gate beside it counts as that says.
 
     Args:
         model: the base model it was made for.
@@ -125,6 +131,7 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    gate = Gate.load(folder) if (folder / GATE).is_file() else None
     try:
         stored = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -139,6 +146,8 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
         for path, (_, values) in found.items():
             for key, t in values.items():
                 getattr(layers[path].adapters[name], key).copy_(t)
+    if gate is not None:
+        Gating(model, name, gate)
     return model
 
 

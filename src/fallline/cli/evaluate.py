@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.gated import gated
 from ..drivers.folder import write_text
 from ..drivers.trained import open_trained
 from ..errors import InputError, StorageError, nearest
@@ -27,6 +28,10 @@ def evaluate(args: Namespace) -> int:
     out = None if args.out is None else writable(Path(args.out))
     names, manager = find_tasks(args.tasks, args.include)
     trained = open_trained(args.model, args.device)
+    if args.batch > 1 and gated(trained.model):
+        raise InputError(
+            "--batch must be 1 for an adapter 'o3': the harness pads, and its gate would count the padding"
+        )
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)  # it warns of being given a loaded model
     try:
         lm = HFLM(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=args.batch)

@@ -14,6 +14,8 @@ def export(name: str, out: str, merge: bool) -> int:
             f"trained beside weights in {made.quantised}, written for the weights in full precision: a logit differs "
             f"from the trained model's by {made.rounding:.2g} at most"
         )
+    if made.gated:
+        print("PEFT loads the adapter without its gate: there it counts for every input; Fallline loads both")
     if made.allowed:
         print(
             f"loaded again with {made.loader}: a logit differs by {made.difference:.2g} at most; rounding may make "

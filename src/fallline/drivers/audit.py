@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..adapters.gated import refuse_gated
 from ..adapters.layers import activate, disabled, names
 from ..catalog import entries, find
-from ..errors import InputError, NonFiniteError, StorageError
+from ..errors import InputError, NonFiniteError, StorageError, check_package
 from ..metrics.roc import auc, curve, tpr_at
 from ..models.identity import fingerprint
 from ..models.loading import quietly
 from ..per_example import Norms, PerExample, Sketch
-from ..probes.attack import SKETCH, Attack, Floats, Seen, blind, check_sklearn
+from ..probes.attack import SKETCH, Attack, Floats, Seen, blind
 from ..recipe import Recipe
 from ..report.audit import page
 from ..tokens import mean_losses
@@ -85,10 +86,11 @@ def audit(
     run = Path(run)
     began = record_of_run(run)
     attacks = pick(methods)
-    check_sklearn()
+    check_package("sklearn", "audit")
     out = writable(run / "audit" if out is None else Path(out))
     recipe = Recipe.load(run)
     trained = open_trained(str(run), device)
+    refuse_gated(trained.model, str(run), "an audit")
     assert trained.folder is not None
     training, said = read_training(recipe, run, trained.folder)
     examples = read_examples(recipe, members, non_members, trained.tokenizer, training)

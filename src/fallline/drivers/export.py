@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .. import adapters, checkpoint
+from ..adapters.gated import gated
 from ..checkpoint import files
 from ..errors import FalllineError, InputError, StorageError
 from ..folders import readable
@@ -44,6 +45,7 @@ class Exported:
         quantised: how the base was quantised beside which the adapter was trained; what is written is for the base in
             full precision. Empty: it was not.
         rounding: largest difference that this makes between logits of the trained model and of what is written.
+        gated: whether a gate that PEFT does not know lies beside the adapter.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Exported:
     largest: float
     quantised: str = ""
     rounding: float = 0.0
+    gated: bool = False
 
 
 def export(name: str, out: str | Path, *, merge: bool = False) -> Exported:
@@ -108,6 +111,7 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
     ids = probe(model, len(trained.tokenizer))
     expected = logits(model, ids)
     quantised, coarse = kind_of(model) or "", expected
+    with_gate = gated(model)
     if quantised:
         trained = in_full(trained)
         model = trained.model
@@ -130,7 +134,7 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
     if trained.adapter and not merge:
         kind, allowed = "adapter", rounding
         adapters.remove(model)
-        loader, again = attach(model, folder)
+        loader, again = ("Fallline", adapters.load(model, folder)) if with_gate else attach(model, folder)
     else:
         kind, allowed, loader = ("merged model", rounding, "Transformers") if merge else ("model", 0.0, "Transformers")
         again = AutoModelForCausalLM.from_pretrained(
@@ -142,7 +146,8 @@ def write(trained: Trained, folder: Path, merge: bool) -> Exported:
             f"what was written does not compute what {trained.name} does: a logit differs by {difference:.2g} and may "
             f"by {allowed:.2g}; it was removed"
         )
-    return Exported(kind, loader, difference, allowed, largest, quantised, float((expected - coarse).abs().max()))
+    coarsened = float((expected - coarse).abs().max())
+    return Exported(kind, loader, difference, allowed, largest, quantised, coarsened, with_gate)
 
 
 def copy(source: Path, folder: Path) -> None:

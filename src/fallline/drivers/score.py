@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..adapters.gated import refuse_gated
 from ..checkpoint import files
 from ..contracts import Batch
 from ..data.scores import examples_hash
@@ -108,6 +109,7 @@ def score(runs: Sequence[str], by: str, *, rows: int = 8, device: str = "auto") 
     total = torch.zeros(len(source), dtype=torch.float64)
     for folder in folders:
         model = open_trained(str(folder), device).model.float()
+        refuse_gated(model, str(folder), "a score of examples")
         rule, place = RULES[by](model), next(model.parameters()).device
         for batch in source.batches(rows):
             found = rule({name: column.to(place) for name, column in batch.items()}).detach().cpu()

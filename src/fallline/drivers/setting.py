@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..adapters.begin import Begin
 from ..adapters.between import Between
-from ..adapters.layers import disabled, follow, given, inject, refuse_gradients
+from ..adapters.layers import adapted, disabled, follow, given, inject, refuse_gradients
 from ..errors import InputError
 from ..isolation import check_isolation
 from ..metrics import Clock
@@ -104,6 +104,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     )
     content = fingerprint(model)
     if adapter is not None:
+        adapter.check_base(content)
         inject(model, adapter, seed=settings.seed)
     check_isolation(model)
     model.train()
@@ -126,8 +127,9 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
     follow(model, optimizer)
     schedule = recipe.schedule.module.build(recipe.schedule.options, optimizer, steps=settings.steps)
     acts: dict[str, Any] = {}
-    if adapter is not None and (adapter.needs or adapter.between):
-        acts["adapter"] = Begin() if adapter.needs else Between()
+    if adapter is not None:
+        part = adapter.part() or (Begin() if adapter.needs else Between() if adapter.between else None)
+        acts |= {} if part is None else {"adapter": part}
     run = Run(
         model=model,
         objective=objective,
@@ -141,6 +143,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         steps=settings.steps,
         parts=acts | {p.id: p.module.build(p.options) for p in recipe.probes},
         clip=settings.clip,
+        coefficients={} if adapter is None else dict(adapter.coefficients(len(adapted(model)))),
         device=device,
         clock=clock,
         given=given(model),

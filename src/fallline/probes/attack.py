@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import InputError
 from ..noise import rng
 
 Floats = NDArray[np.float64]
@@ -55,17 +54,6 @@ class Attack(Protocol):
             [N].
         """
         ...
-
-
-def check_sklearn() -> None:
-    """
-    Raises:
-        InputError: scikit-learn is missing.
-    """
-    try:
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"the package {error.name} is missing; pip install 'fallline[audit]'") from None
 
 
 def cross_fitted(classifier: Callable[[], Any], rows: Any, member: NDArray[np.bool_]) -> Floats:
