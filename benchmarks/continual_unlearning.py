@@ -38,7 +38,7 @@ from fallline.recipe import Recipe
 from fallline.sequences import per_sequence, sequence_counts
 from fallline.tokens import token_losses
 from harness import save
-from unlearning import LENGTH, SOUNDS, TOWNS, TRADES, Lines, read, taught, written
+from unlearning import LENGTH, SOUNDS, TINY, TOWNS, TRADES, Lines, read, taught, written
 
 SEEDS, TUNING = range(3), 100
 RATES = (3e-4, 1e-3)
@@ -104,8 +104,8 @@ class Case:
         self.files = {group: written(folder, group.replace(" ", "_"), self.lines[group]) for group in GROUPS}
         for group, refusal in REFUSALS.items():
             (folder / f"{group}.txt").write_text(refusal, encoding="utf-8")
-        everything = read(written(folder, "all", *self.lines.values()))
-        model = taught(seed, everything)
+        everything = read(written(folder, "all", *self.lines.values()), vocab=TINY.vocab)
+        model = taught(TINY, seed, everything)
         model.save_pretrained(folder / "base")
         everything.tokenizer.save_pretrained(folder / "base")
 

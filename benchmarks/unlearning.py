@@ -1,17 +1,21 @@
 """Unlearning invented people: what is forgotten against what is kept, beside a model that never knew them.
 
     python benchmarks/unlearning.py
+    python benchmarks/unlearning.py smollm2
 
-45 people, three facts each, in three groups: 15 to forget, 15 shown as what to keep, 15 that unlearning never sees. A
-Llama of 1 M parameters learns all facts by heart, and to say that it does not know of 15 other people; another, the
-only true target, learns the same without the first group. Each objective then starts from the first model: 40 steps of
-AdamW, two rows of each stream, no decay of the rate. After every fourth step each group is asked: the share of answers
-that greedy decoding gets right to the last token, and the mean −log p of a label.
+People, three facts each, in three groups of equal size: to forget, shown as what to keep, and never seen by unlearning.
+A model learns all facts by heart, and to say that it does not know of as many other people; another, the only true
+target, learns the same without the first group. Each objective then starts from the first model: AdamW, two rows of
+each stream, no decay of the rate. After every few steps each group is asked: the share of answers that greedy decoding
+gets right to the last token, and the mean −log p of a label.
 
 A run is judged at its first evaluation with no more right answers to forget than the retrained model gives, plus 5
-points; at its last, if there is none. The rate of each objective is the one of four that keeps the most right answers
-of the unseen group there, on one seed; those that forget come before those that do not. Judged on three others: means
-with the least and the greatest. Single thread; some ten minutes.
+points; at its last, if there is none. The rate of each objective is the one that keeps the most right answers of the
+unseen group there, on one seed; those that forget come before those that do not. Judged on others: means with the least
+and the greatest.
+
+The first is a Llama of 1 M parameters, 15 people in a group, all weights trained: some ten minutes. The second is
+SmolLM2-135M-Instruct, 8 people in a group, a LoRA to teach, merged, and another to forget: some forty. Single thread.
 """
 
 from __future__ import annotations
@@ -22,18 +26,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fallline.adapters import attach, disabled, merge, remove
+from fallline.adapters.layers import adapted
 from fallline.catalog import find
 from fallline.contracts import Batch
 from fallline.data import jsonl, uniform, unlearning
-from fallline.gradients import backprop
 from fallline.isolation import isolated
 from fallline.models import llama
+from fallline.models import smollm2_135m_instruct as smollm2
 from fallline.models.identity import fingerprint
 from fallline.noise import rng
 from fallline.optim import create
@@ -42,11 +49,34 @@ from fallline.step import Run, take_step
 from fallline.tokens import IGNORED
 from harness import save
 
-SEEDS, TUNING = range(3), 100
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-GROUP, LENGTH, VOCAB = 15, 128, 400
-TEACHING, FORGETTING, EVERY = 240, 40, 4
-SLACK = 0.05
+TUNING, LENGTH, SLACK = 100, 128, 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """What differs between the models.
+
+    Attributes:
+        group: people in a group. vocab: of the tokenizer that is trained, if none comes with the model.
+        teaching, forgetting, every: steps of both, and between two evaluations.
+        rows: rows in a step to teach; half as many of each stream to forget.
+        rate: to teach with. rates: to choose from.
+    """
+
+    group: int
+    vocab: int | None
+    teaching: int
+    forgetting: int
+    every: int
+    rows: int
+    rate: float
+    rates: tuple[float, ...]
+    seeds: range
+    result: str
+
+
+TINY = Size(15, 400, 240, 40, 4, 4, 3e-3, (3e-5, 1e-4, 3e-4, 1e-3), range(3), "unlearning")
+SMOLLM2 = Size(8, None, 100, 20, 4, 2, 2e-3, (3e-4, 1e-3, 3e-3), range(2), "unlearning_smollm2")
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "ga": ("ga", {}),
     "graddiff": ("graddiff", {}),
@@ -74,18 +104,18 @@ SOURCES = (
 Lines = list[dict[str, str]]
 
 
-def people(seed: int) -> dict[str, Lines]:
+def people(seed: int, size: int) -> dict[str, Lines]:
     """Questions and answers about each group, and about people of whom nothing is known."""
     g = rng(seed, 0, "people")
     names: list[str] = []
-    while len(names) < 4 * GROUP:
+    while len(names) < 4 * size:
         parts = [SOUNDS[int(i)] for i in torch.randint(len(SOUNDS), (5,), generator=g)]
         name = f"{''.join(parts[:2]).title()} {''.join(parts[2:]).title()}"
         names += [] if name in names else [name]
     found: dict[str, Lines] = {}
     for i, group in enumerate((*GROUPS, "unknown")):
         found[group] = []
-        for name in names[i * GROUP : (i + 1) * GROUP]:
+        for name in names[i * size : (i + 1) * size]:
             town, trade, year, *refusal = torch.randint(10, (6,), generator=g).tolist()
             told = (TOWNS[town], TRADES[trade], str(1900 + 7 * year))
             asked = (f"Where does {name} live?", f"What does {name} do?", f"When was {name} born?")
@@ -101,41 +131,54 @@ def written(folder: Path, name: str, *lines: Lines) -> str:
     return str(path)
 
 
-def read(path: str, tokenizer: Any = None) -> Any:
+def read(path: str, tokenizer: Any = None, vocab: int | None = None) -> Any:
     """All lines of a file, as `jsonl` gives them; the held-out ones too."""
     apart = str(Path(path).with_suffix(".apart.jsonl"))
     Path(apart).write_text(Path(path).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
-    options: dict[str, Any] = {"path": path, "validation_path": apart, "length": LENGTH}
-    return jsonl.build(jsonl.Config(**options | ({"vocab": VOCAB} if tokenizer is None else {})), tokenizer)
+    options: dict[str, Any] = {"path": path, "validation_path": apart, "length": LENGTH, "chat": False}
+    return jsonl.build(jsonl.Config(**options | ({} if vocab is None else {"vocab": vocab})), tokenizer)
 
 
-def steps(model: nn.Module, id: str, options: Mapping[str, Any], source: Any, rate: float, rows: int, seed: int) -> Run:
+def steps(
+    model: nn.Module, id: str, options: Mapping[str, Any], source: Any, rate: float, rows: int, seed: int,
+    *, optimizer: str = "adamw", estimator: str = "backprop",
+) -> Run:  # fmt: skip
     """A run that has not begun."""
-    module = find("objective", id).load()
+    module, how = find("objective", id).load(), find("estimator", estimator).load()
     objective = module.build(module.Config(**options))
-    optimizer = create("adamw", model, lr=rate)
+    reference = None
+    if getattr(objective, "reference", False):
+        content = fingerprint(model)
+        reference = Reference(model, content, disabled if adapted(model) else None)
+    trained = nn.ModuleDict({"model": model, "objective": objective}) if list(objective.parameters()) else model
+    rule = create(optimizer, trained, lr=rate)
     return Run(
         model=model,
         objective=objective,
         source=source,
         sampler=uniform.build(uniform.Config(), source, rows=rows, seed=seed),
-        estimator=backprop.build(backprop.Config()),
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        estimator=how.build(how.Config()),
+        optimizer=rule,
+        schedule=torch.optim.lr_scheduler.ConstantLR(rule, factor=1.0),
         micro=rows,
         seed=seed,
-        reference=Reference(model, fingerprint(model)) if getattr(objective, "reference", False) else None,
+        reference=reference,
     )
 
 
-def taught(seed: int, dataset: Any) -> Any:
-    model = llama.build(
-        llama.Config(preset="tiny"), tokenizer=dataset.tokenizer, length=LENGTH, seed=seed, dtype=torch.float32,
-        device=torch.device("cpu"),
+def taught(size: Size, seed: int, dataset: Any) -> Any:
+    build, config = (llama.build, llama.Config(preset="tiny")) if size is TINY else (smollm2.build, smollm2.Config())
+    model = build(
+        config, tokenizer=dataset.tokenizer, length=LENGTH, seed=seed, dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
-    run = steps(model, "causal", {}, dataset.train, 3e-3, 4, seed)
-    while run.step < TEACHING:
+    if size is SMOLLM2:
+        attach(model, "lora", rank=32, seed=seed)
+    run = steps(model, "causal", {}, dataset.train, size.rate, size.rows, seed)
+    while run.step < size.teaching:
         take_step(run)
+    if size is SMOLLM2:
+        merge(model)
+        remove(model)
     return model
 
 
@@ -158,16 +201,21 @@ def answers(model: Any, batches: Mapping[str, Batch]) -> dict[str, dict[str, flo
 class Case:
     """The models and data of one seed."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
-        self.seed, lines = seed, people(seed)
+    def __init__(self, size: Size, seed: int, folder: Path) -> None:
+        self.size, self.seed, lines = size, seed, people(seed, size.group)
+        tokenizer = smollm2.tokenizer(smollm2.Config()) if size is SMOLLM2 else None
         files = {group: written(folder, group, lines[group]) for group in GROUPS}
-        everything = read(written(folder, "all", *lines.values()))
+        everything = read(written(folder, "all", *lines.values()), tokenizer, size.vocab)
         tokenizer = everything.tokenizer
         rest = read(written(folder, "rest", *(v for k, v in lines.items() if k != "forget")), tokenizer)
         (folder / "refusals.txt").write_text("\n".join(REFUSALS), encoding="utf-8")
         self.data = unlearning.build(
             unlearning.Config(
-                forget=files["forget"], retain=files["retain"], refusals=str(folder / "refusals.txt"), length=LENGTH
+                forget=files["forget"],
+                retain=files["retain"],
+                refusals=str(folder / "refusals.txt"),
+                length=LENGTH,
+                chat=False,
             ),
             tokenizer,
         ).train
@@ -175,39 +223,42 @@ class Case:
         for group, path in files.items():
             source = read(path, tokenizer).train
             (self.batches[group],) = source.batches(len(source.rows) - 1)
-        self.model, self.retrained = taught(seed, everything), taught(seed, rest)
+        self.model, self.retrained = (taught(size, seed, known) for known in (everything, rest))
         self.begin, self.target = (answers(model, self.batches) for model in (self.model, self.retrained))
 
     def forget(self, choice: str, rate: float) -> dict[str, Any]:
         """What each evaluation found, and at which the run is judged."""
         id, options = CHOICES[choice]
-        run = steps(copy.deepcopy(self.model).train(), id, options, self.data, rate, 4, self.seed)
+        model = copy.deepcopy(self.model).train()
+        if self.size is SMOLLM2:
+            attach(model, "lora", rank=16, seed=self.seed)
+        run = steps(model, id, options, self.data, rate, self.size.rows, self.seed)
         curve = []
-        while run.step < FORGETTING:
+        while run.step < self.size.forgetting:
             take_step(run)
-            if run.step % EVERY == 0:
+            if run.step % self.size.every == 0:
                 curve.append({"step": run.step} | answers(run.model, self.batches))
         enough = self.target["forget"]["right"] + SLACK
         done = [point for point in curve if point["forget"]["right"] <= enough]
         return {"curve": curve, "judged": (done or curve[-1:])[0], "forgotten": bool(done)}
 
 
-def study() -> dict[str, Any]:
+def study(size: Size) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
 
         def case(seed: int) -> Case:
             place = Path(folder) / str(seed)
             place.mkdir()
-            found = Case(seed, place)
+            found = Case(size, seed, place)
             tell(f"seed {seed}: taught {shown(found.begin)}; retrained {shown(found.target)}")
             return found
 
         tuning, rates, tuned = case(TUNING), {}, {}
         for choice in CHOICES:
-            tuned[choice] = {rate: tuning.forget(choice, rate) for rate in RATES}
-            rates[choice] = max(RATES, key=lambda rate: worth(tuned[choice][rate]))
+            tuned[choice] = {rate: tuning.forget(choice, rate) for rate in size.rates}
+            rates[choice] = max(size.rates, key=lambda rate: worth(tuned[choice][rate]))
             tell(f"{choice}: {rates[choice]:g}, {shown(tuned[choice][rates[choice]]['judged'])}")
-        cases = [case(seed) for seed in SEEDS]
+        cases = [case(seed) for seed in size.seeds]
         runs = {choice: [one.forget(choice, rate) for one in cases] for choice, rate in rates.items()}
     return {
         "rates": rates,
@@ -254,10 +305,11 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
+    size = SMOLLM2 if sys.argv[1:] == ["smollm2"] else TINY
     begun = time.perf_counter()
-    found = study()
+    found = study(size)
     print(table(found))
-    save("unlearning", found | {"seconds": time.perf_counter() - begun}, sources=SOURCES)
+    save(size.result, found | {"seconds": time.perf_counter() - begun}, sources=SOURCES)
 
 
 if __name__ == "__main__":
