@@ -42,9 +42,12 @@ CARD = Card(
     flops="8 N V D for N labels, V words, hidden size D",
     claim="higher pass@N on mathematics when N at training is near the number of samples at test time",
     checked=(
-        "effect not shown; values, gradients and Hessian products against float64, N = 1 against cross-entropy, "
-        "0 < F ≤ 1 and falling in p, from p that underflows to p = 1"
+        "values, gradients and Hessian products against float64, N = 1 against cross-entropy, 0 < F ≤ 1 and falling in "
+        "p, from p that underflows to p = 1. SmolLM2-135M with a LoRA on 72 problems of letter counting, three seeds, "
+        "rates tuned: minus cross-entropy's, N = 64 has pass@64 +0.027 [0.023, 0.030] of 0.973, pass@8 −0.098 [−0.126, "
+        "−0.069], pass@1 −0.092 [−0.100, −0.084] of 0.220 (studies/pass-at-n/report.json)"
     ),
+    evidence=("studies/pass-at-n/report.json",),
     departures="the released default multiplies F by the mean over tokens, here `length_norm: true`; its series near "
     "small p is off by up to 1e-4; it does not drop examples whose F is small",
     tags=("pass@k", "coverage", "test-time compute", "reasoning", "likelihood"),

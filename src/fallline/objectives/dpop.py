@@ -30,7 +30,12 @@ CARD = Card(
     couples="none",
     needs=("pairs: data preference", "a reference: the model as the run began"),
     flops="a forward of each pair under the reference, once; the head's logits a second time in the backward",
-    checked="effect not shown; equation and slopes against a reference of its own, with the penalty on and off",
+    checked=(
+        "effect not shown; equation and slopes against a reference of its own, with the penalty on and off. On a 1 M "
+        "Llama, rates tuned, five seeds: the change of chosen answers when the margin has grown by 10 nats, minus "
+        "dpo's, +3.3 [−2.4, 8.9] nats under AdamW; not stable under plain descent (python benchmarks/entanglement.py)"
+    ),
+    evidence=("benchmarks/results/entanglement.json",),
     tags=("preference", "alignment", "margin", "reference", "penalty", "entanglement"),
 )
 

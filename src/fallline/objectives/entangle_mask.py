@@ -49,8 +49,12 @@ CARD = Card(
     flops="a forward under the reference every step, where there is one; the head's logits again in the backward",
     checked=(
         "effect not shown; values and gradients against float64 on full logits for ten losses; μ = 1 and λ = 0 are the "
-        "loss itself; packing and accumulation to 1e-6 in float64; per-example norms"
+        "loss itself; packing and accumulation to 1e-6 in float64; per-example norms. On a 1 M "
+        "Llama, rates tuned, five seeds: the change of chosen answers when the margin has grown by 10 nats, minus "
+        "dpo's, +2.2 [−6.6, 11.1] nats under plain descent, 0.0 [−0.1, 0.1] under AdamW (python "
+        "benchmarks/entanglement.py)"
     ),
+    evidence=("benchmarks/results/entanglement.json",),
     departures=(
         "the authors' code has neither of the paper's remedies, so this is a reading of it: a linear head on the "
         "hidden states, the mean of μ over all labels of the step as penalty"
