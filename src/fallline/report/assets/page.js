@@ -100,7 +100,9 @@ document.getElementById("report").replaceChildren(
     el("h3", {}, `Paired differences from ${record.baseline}`),
     el("p", { class: "note" }, analysis.intervals
       ? "Bar: interval; all hold at once with 95 %. Filled: zero is outside and a claim is made; hollow: no claim."
-      : "No interval: it takes two common seeds that differ."), forest()),
+      : about.length > 1 && about.every((c) => ["baseline", "not comparable"].includes(c.verdict))
+        ? "None: the losses are not of the same thing; see the measures, where there are some."
+        : "No interval: it takes two common seeds that differ."), forest()),
   ...(analysis.measures.length ? [section("measures", "Measures", ...measures())] : []),
   section("memory", "Memory", ...memory().filter(Boolean)),
   section("time", "Step time", ...time().filter(Boolean)),
