@@ -34,9 +34,10 @@ CARD = Card(
         "accumulation to 1e-6 in float64; single examples' norms. A 1 M Llama that knows invented people, rates tuned "
         "alike, three seeds: right answers left when forgotten, 0 % to forget, 4 [0, 9] % of what it keeps, 4 [0, 13] "
         "% of people that unlearning never saw; a model retrained without them 3, 98, 96 % (python "
-        "benchmarks/unlearning.py). Effect on larger models not shown"
+        "benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two seeds: 6, 12 [8, 17], 15 [8, 21] %; retrained 10, "
+        "98, 100 % (python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     tags=("unlearning", "forgetting", "baseline", "gradient ascent"),
 )
 

@@ -31,11 +31,12 @@ CARD = Card(
     checked=(
         "equation and slopes against a float64 reference; each term is causal's on its stream; packing and "
         "accumulation to 1e-6 in float64; single examples' norms. A 1 M Llama that knows invented people, rates tuned "
-        "alike, three seeds: right answers left when forgotten, 5 % to forget, 62 [51, 76] % of what it keeps, 20 "
-        "[16, 29] % of people that unlearning never saw; a model retrained without them 3, 98, 96 % (python "
-        "benchmarks/unlearning.py). Effect on larger models not shown"
+        "alike, three seeds: right answers left when forgotten, 5 % to forget, 62 [51, 76] % of what it keeps, 20 [16, "
+        "29] % of people that unlearning never saw; a model retrained without them 3, 98, 96 % (python "
+        "benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two seeds: 8, 23 [0, 46], 8 [0, 17] %; retrained 10, 98, "
+        "100 % (python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures="each mean is over the labels of the whole step; open-unlearning takes it over a micro-batch",
     tags=("unlearning", "forgetting", "baseline", "gradient ascent", "retain"),
 )

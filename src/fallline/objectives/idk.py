@@ -35,9 +35,10 @@ CARD = Card(
         "accumulation to 1e-6 in float64; single examples' norms. A 1 M Llama that knows invented people, rates tuned "
         "alike, three seeds: right answers left when forgotten, 11 % to forget, 96 [93, 100] % of what it keeps, 47 "
         "[42, 58] % of people that unlearning never saw, and forgot enough in two of three runs; a model retrained "
-        "without them 3, 98, 96 % (python benchmarks/unlearning.py). Effect on larger models not shown"
+        "without them 3, 98, 96 % (python benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two seeds: 0, 65 [62, "
+        "67], 46 [46, 46] %; retrained 10, 98, 100 % (python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures=(
         "two means, each over its labels, where TOFU's code takes one over both, so that longer answers weigh more. A "
         "prompt keeps its refusal, where the code draws one each time"

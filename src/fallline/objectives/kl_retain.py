@@ -36,9 +36,10 @@ CARD = Card(
         "π = π_ref; packing and accumulation to 1e-6 in float64; full logits never exist. A 1 M Llama that knows "
         "invented people, rates tuned alike, three seeds: right answers left when forgotten, 6 % to forget, 36 [27, "
         "47] % of what it keeps, 18 [16, 22] % of people that unlearning never saw; a model retrained without them 3, "
-        "98, 96 % (python benchmarks/unlearning.py). Effect on larger models not shown"
+        "98, 96 % (python benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two seeds: 0, 15 [0, 29], 0 [0, 0] %; "
+        "retrained 10, 98, 100 % (python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures=(
         "the divergence is at labels only, and a mean over those of the step. TOFU's and NPO's code sum it over every "
         "position of a micro-batch, prompts and padding among them, before they divide"

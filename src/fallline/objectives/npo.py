@@ -39,11 +39,12 @@ CARD = Card(
     checked=(
         "equation and slopes against a float64 reference; TRL's DPOTrainer with the chosen ratio at 0, times 2/β, to "
         "1e-5 in float32; β → 0 is ascent; (2/β) log 2 at π = π_ref; packing and accumulation to 1e-6 in float64. A 1 "
-        "M Llama that knows invented people, rates tuned alike, three seeds: right answers left when forgotten, 3 % "
-        "to forget, 23 [13, 38] % of what it keeps, 20 [18, 22] % of people that unlearning never saw; a model "
-        "retrained without them 3, 98, 96 % (python benchmarks/unlearning.py). Effect on larger models not shown"
+        "M Llama that knows invented people, rates tuned alike, three seeds: right answers left when forgotten, 3 % to "
+        "forget, 23 [13, 38] % of what it keeps, 20 [18, 22] % of people that unlearning never saw; a model retrained "
+        "without them 3, 98, 96 % (python benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two seeds: 8, 42 [25, "
+        "58], 17 [8, 25] %; retrained 10, 98, 100 % (python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures=(
         "with keep: kl the divergence is at labels only, and a mean over those of the step; the authors' code sums it "
         "over prompts and padding too. The likelihood is a mean over the step's labels, not a micro-batch's"

@@ -33,14 +33,15 @@ CARD = Card(
     flops="the head's logits a second time in the backward",
     claim="better than NPO on TOFU, MUSE and WMDP, without a reference",
     checked=(
-        "equation and slopes against a float64 reference; β → 0 is ascent by length; the value does not change when "
-        "an answer's tokens come twice; packing and accumulation to 1e-6 in float64. A 1 M Llama that knows invented "
+        "equation and slopes against a float64 reference; β → 0 is ascent by length; the value does not change when an "
+        "answer's tokens come twice; packing and accumulation to 1e-6 in float64. A 1 M Llama that knows invented "
         "people, rates tuned alike, three seeds: right answers left when forgotten, 11 % to forget, 94 [89, 100] % of "
         "what it keeps, 47 [40, 56] % of people that unlearning never saw, and forgot enough in one of three runs; a "
-        "model retrained without them 3, 98, 96 % (python benchmarks/unlearning.py). Effect on larger models not "
-        "shown"
+        "model retrained without them 3, 98, 96 % (python benchmarks/unlearning.py). SmolLM2-135M with a LoRA, two "
+        "seeds: 69, 100 [100, 100], 90 [83, 96] %, and never forgot enough in 20 steps; retrained 10, 98, 100 % "
+        "(python benchmarks/unlearning.py smollm2)"
     ),
-    evidence=("benchmarks/results/unlearning.json",),
+    evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures=(
         "the likelihood is a mean over the step's labels; the code takes a micro-batch's. The defaults are those of "
         "open-unlearning; the authors' configuration for TOFU has β = 2.5, γ = 0.1375"
