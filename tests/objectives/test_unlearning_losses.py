@@ -278,5 +278,5 @@ def test_cards_say_what_the_classes_declare() -> None:
         card, made = find("objective", id).card, objective(id)
         assert card.couples == made.couples
         assert made.reference == any(need.startswith("a reference") for need in card.needs)
-        assert "Effect on larger models not shown" in card.checked
+        assert "SmolLM2" in card.checked
         assert not made.state_dict()
