@@ -5,7 +5,7 @@
 
 People, three facts each, in three groups of equal size: to forget, shown as what to keep, and never seen by unlearning.
 A model learns all facts by heart, and to say that it does not know of as many other people; another, the only true
-target, learns the same without the first group. Each objective then starts from the first model: AdamW, two rows of
+target, learns the same without the first group. Each objective then starts from the first model: AdamW, equal rows of
 each stream, no decay of the rate. After every few steps each group is asked: the share of answers that greedy decoding
 gets right to the last token, and the mean −log p of a label.
 
