@@ -18,7 +18,6 @@ the greatest. Single thread; some five minutes.
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,13 @@ from unlearning import (
     LENGTH,
     SOUNDS,
     TINY,
-    TUNING,
     Lines,
     answers,
+    judged,
     people,
     read,
     shown,
     steps,
-    tell,
-    worth,
     written,
 )
 
@@ -144,6 +141,9 @@ class Case:
         self.expert, self.share = int(shares[self.layer].argmax()), shares[self.layer].max().item()
         self.begin = self.asked(self.model)
 
+    def said(self) -> str:
+        return f"{shown(self.begin)}; {self.layer}[{self.expert}] gets {self.begin['routed']:.2f}"
+
     @torch.no_grad()
     def asked(self, model: Any) -> dict[str, Any]:
         """What `answers` finds, and which part of the tokens to forget go to the expert."""
@@ -169,27 +169,9 @@ class Case:
 
 
 def study() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-
-        def case(seed: int) -> Case:
-            place = Path(folder) / str(seed)
-            place.mkdir()
-            found = Case(seed, place)
-            tell(f"seed {seed}: {shown(found.begin)}; {found.layer}[{found.expert}] gets {found.begin['routed']:.2f}")
-            return found
-
-        tuning, rates, tuned = case(TUNING), {}, {}
-        for choice in CHOICES:
-            tuned[choice] = {rate: tuning.forget(choice, rate) for rate in RATES}
-            rates[choice] = max(RATES, key=lambda rate: worth(tuned[choice][rate]))
-            tell(f"{choice}: {rates[choice]:g}, {shown(tuned[choice][rates[choice]]['judged'])}")
-        cases = [case(seed) for seed in TINY.seeds]
-        runs = {choice: [one.forget(choice, rate) for one in cases] for choice, rate in rates.items()}
-    return {
-        "rates": rates,
-        "tuning": {c: {f"{rate:g}": found["judged"] for rate, found in by.items()} for c, by in tuned.items()},
-        "taught": [one.begin | {"layer": one.layer, "expert": one.expert, "share": one.share} for one in cases],
-        "runs": runs,
+    found, cases = judged(CHOICES, RATES, TINY.seeds, Case)
+    return found | {
+        "taught": [one.begin | {"layer": one.layer, "expert": one.expert, "share": one.share} for one in cases]
     }
 
 

@@ -25,7 +25,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,9 @@ class Case:
         self.model, self.retrained = (taught(size, seed, known) for known in (everything, rest))
         self.begin, self.target = (answers(model, self.batches) for model in (self.model, self.retrained))
 
+    def said(self) -> str:
+        return f"taught {shown(self.begin)}; retrained {shown(self.target)}"
+
     def forget(self, choice: str, rate: float) -> dict[str, Any]:
         """What each evaluation found, and at which the run is judged."""
         id, options = CHOICES[choice]
@@ -243,30 +246,37 @@ class Case:
         return {"curve": curve, "judged": (done or curve[-1:])[0], "forgotten": bool(done)}
 
 
-def study(size: Size) -> dict[str, Any]:
+def judged(
+    choices: Iterable[str], rates: Sequence[float], seeds: Iterable[int], make: Callable[[int, Path], Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Rates that are chosen on one seed, and the runs with them on others; and the cases of those.
+
+    Args:
+        make: the case of a seed, in an empty folder; it has `forget` and `said`.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
-        def case(seed: int) -> Case:
+        def case(seed: int) -> Any:
             place = Path(folder) / str(seed)
             place.mkdir()
-            found = Case(size, seed, place)
-            tell(f"seed {seed}: taught {shown(found.begin)}; retrained {shown(found.target)}")
+            found = make(seed, place)
+            tell(f"seed {seed}: {found.said()}")
             return found
 
-        tuning, rates, tuned = case(TUNING), {}, {}
-        for choice in CHOICES:
-            tuned[choice] = {rate: tuning.forget(choice, rate) for rate in size.rates}
-            rates[choice] = max(size.rates, key=lambda rate: worth(tuned[choice][rate]))
-            tell(f"{choice}: {rates[choice]:g}, {shown(tuned[choice][rates[choice]]['judged'])}")
-        cases = [case(seed) for seed in size.seeds]
-        runs = {choice: [one.forget(choice, rate) for one in cases] for choice, rate in rates.items()}
-    return {
-        "rates": rates,
-        "tuning": {c: {f"{rate:g}": found["judged"] for rate, found in by.items()} for c, by in tuned.items()},
-        "taught": [one.begin for one in cases],
-        "retrained": [one.target for one in cases],
-        "runs": runs,
-    }
+        tuning, best, tuned = case(TUNING), {}, {}
+        for choice in choices:
+            tuned[choice] = {rate: tuning.forget(choice, rate) for rate in rates}
+            best[choice] = max(rates, key=lambda rate: worth(tuned[choice][rate]))
+            tell(f"{choice}: {best[choice]:g}, {shown(tuned[choice][best[choice]]['judged'])}")
+        cases = [case(seed) for seed in seeds]
+        runs = {choice: [one.forget(choice, rate) for one in cases] for choice, rate in best.items()}
+    table = {c: {f"{rate:g}": found["judged"] for rate, found in by.items()} for c, by in tuned.items()}
+    return {"rates": best, "tuning": table, "runs": runs}, cases
+
+
+def study(size: Size) -> dict[str, Any]:
+    found, cases = judged(CHOICES, size.rates, size.seeds, lambda seed, folder: Case(size, seed, folder))
+    return found | {"taught": [one.begin for one in cases], "retrained": [one.target for one in cases]}
 
 
 def worth(found: Mapping[str, Any]) -> tuple[bool, float, float]:
