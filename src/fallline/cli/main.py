@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import FalllineError
+from ..errors import FalllineError, InputError, nearest
 
 EPILOG = (
     "Exit codes: 0 done, 2 bad input, 3 not-finite loss or gradient, 4 storage failed, 130/143 interrupted and saved."
@@ -235,6 +236,8 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="time to take (default: 240)")
     demo.add_argument("--out", default=None, metavar="FOLDER", help="run folders go here (default: runs/demo-NUMBER)")
+    for command in commands.choices.values():
+        command.set_defaults(usage=command.format_usage())
     return top
 
 
@@ -264,6 +267,19 @@ def _sampling(command: argparse.ArgumentParser, tokens: int, temperature: float)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
 
 
+def _unknown(command: str, usage: str, words: Sequence[str]) -> str:
+    """What is wrong with words that a command does not take, and what would be right."""
+    word = next((word for word in words if word.startswith("-")), words[0])
+    if not word.startswith("-"):
+        return f"fallline {command} takes no {word!r}; {' '.join(usage.split())}"
+    name, _, value = word.lstrip("-").partition("=")
+    known = nearest(name, re.findall(r"(?<![\w-])--([a-z-]+)", usage))
+    if command in ("train", "compare") and not known.startswith("did you mean"):
+        value = value or next(iter(words[words.index(word) + 1 :]), "value")
+        known = f"what the recipe says is replaced by key=value, here perhaps {name}={value}"
+    return f"fallline {command} has no option {name!r}; {known}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -277,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (len(rest) == 1 and (not last.startswith("-") or " " in last)) or (len(rest) == 2 and rest[0] == "--"):
             args.prompt, rest = last, []
     if rest and (args.command not in ("train", "compare", "audit") or any(word.startswith("-") for word in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        print(f"fallline: error: {_unknown(args.command, args.usage, rest)}", file=sys.stderr)
+        return InputError.exit_code
     logging.basicConfig(format="fallline: %(message)s", level=logging.WARNING)
     try:
         if args.command == "methods":
