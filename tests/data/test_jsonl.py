@@ -165,6 +165,23 @@ def test_a_prompt_whose_end_would_join_the_answer(tmp_path: Path, own: Any) -> N
     assert asked == list(range(len(prompt), len(ids)))
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_prompt_that_ends_in_a_space_where_the_tokenizer_begins_texts_with_one(tmp_path: Path, scheme: str) -> None:
+    """As SentencePiece does: the answer gets no second space."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([SENTENCE, "What is number 1? It is 1."] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    together, prompt = (tokenizer.encode(text) for text in ("It is the river", "It is "))
+    assert together[: len(prompt)] != prompt, "the space would join the answer"
+    for line in ({"prompt": "It is ", "completion": "the river"}, {"prompt": "It is", "completion": " the river"}):
+        ids, asked, _ = one(tmp_path, tokenizer, line)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "It is the river"
+        assert ids[: asked[0]] == tokenizer.encode(line["prompt"]), "the tokens that generation sees"
+
+
 def test_every_token_of_a_long_text_is_learned_once(tmp_path: Path, own: Any) -> None:
     tokenizer = own()
     held = write(tmp_path / "held.jsonl", {"text": "b"})

@@ -15,7 +15,8 @@ through the tokenizer's chat template. What is learned of it is found by renderi
 there. What follows the last one is left out.
 
 Tokens are those that generation meets. Where the tokens of prompt and answer together begin with the prompt's, they are
-taken; elsewhere (a prompt that ends in a space, which would join the answer's first word) the rest is tokenized apart.
+taken; elsewhere (a prompt that ends in a space, which would join the answer's first word) the rest is tokenized apart,
+without the space that SentencePiece puts before a text.
 
 Special tokens that the template writes become special tokens. A line that spells one out itself is refused, in all
 forms: a reader of text would see it as characters, a template would let it end a turn, and nothing says which was
@@ -321,7 +322,7 @@ def tokenized(batch: Sequence[Marked], tokenizer: PreTrainedTokenizerBase) -> li
     apart = [
         text[start:end] for (text, cuts), n in zip(batch, stable, strict=True) for start, end in pairwise(cuts[n - 1 :])
     ]
-    alone = iter(_ids(apart, tokenizer))
+    alone = iter(_going_on(apart, tokenizer))
     return [
         [whole[len(head[i - 1]) if i else 0 :] for i, whole in enumerate(head[:n])] + [next(alone) for _ in head[n:]]
         for head, n in zip(heads, stable, strict=True)
@@ -332,6 +333,18 @@ def _stable(heads: list[list[int]]) -> int:
     """How many of these, from the first, each begin with the one before."""
     begins = [b[: len(a)] == a for a, b in pairwise(heads)]
     return 1 + sum(accumulate(begins, operator.and_))
+
+
+def _going_on(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of texts that go on from others: without the space that some tokenizers put before every text."""
+    found = _ids(texts, tokenizer)
+    if not texts:
+        return found
+    line, plain, after = _ids(["\n", "a", "\na"], tokenizer)
+    if after == line + plain:
+        return found
+    behind = _ids([f"\n{text}" for text in texts], tokenizer)
+    return [b[len(line) :] if b[: len(line)] == line else ids for b, ids in zip(behind, found, strict=True)]
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
