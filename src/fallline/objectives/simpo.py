@@ -31,7 +31,10 @@ CARD = Card(
     checked=(
         "effect not shown; values and gradients agree with TRL's CPOTrainer(simpo) to 1e-5 in float32 on ragged pairs"
     ),
-    departures="the authors' code and TRL write γ as β times a ratio; γ here is the paper's. TRL's defaults differ",
+    departures=(
+        "the authors' code takes γ as a ratio to β, gamma_beta_ratio; γ here is the paper's, as is TRL's simpo_gamma. "
+        "TRL's β is 0.1 where none is given"
+    ),
     tags=("preference", "alignment", "margin", "reference-free", "length normalisation"),
 )
 
