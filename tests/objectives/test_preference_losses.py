@@ -198,6 +198,15 @@ def test_a_step_without_examples(id: str) -> None:
     assert take_step(here)["loss"] == 0
 
 
+def test_the_only_pair_of_an_evaluation_is_not_measured_against_itself() -> None:
+    """kto's z₀ is of other prompts' answers; where there are none it says nothing."""
+    here, alone = run(objective("kto"), source(draws()), 9), source(draws(1))
+    own = (logps(llama(), draws(1)) - logps(llama(seed=1), draws(1))).mean().item()
+    assert own > 0.1, "it would count"
+    here.source = alone
+    assert here.objective.prepare(here, batch_of(alone))[Z].tolist() == [0.0]
+
+
 def test_prepare_leaves_all_as_found_and_refusals() -> None:
     found = source(draws())
     for id in ("dpo", "kto"):

@@ -6,7 +6,8 @@
 Kahneman and Tversky's value function: losses and gains saturate on both sides of a point z₀, here an estimate of
 KL(π ‖ π_ref) that no gradient goes through. The answers in it are those of the pair half the data set away, so that the
 estimate does not depend on how the step is cut, and its reference is cached like any other. It is a column, filled for
-the whole step in `prepare`; no pair looks at another after that.
+the whole step in `prepare`; no pair looks at another after that. An evaluation goes through its data by micro-batches,
+and z₀ is each one's own; of data of one pair, which has no other's prompt, it is 0.
 
 Cost: see `margin`; the reference; and one more forward of each pair, without gradient.
 """
@@ -50,7 +51,8 @@ CARD = Card(
     ),
     departures=(
         "pairs only: the paper's answers need no partner, and here each side counts half, as in TRL for equally many. "
-        "z₀ is the mean over the step with dropout off; TRL's is over a micro-batch, of answers rolled within it"
+        "z₀ is the mean over the step with dropout off, in an evaluation over `micro` rows, on which val_loss depends; "
+        "TRL's is over a micro-batch, of answers rolled within it"
     ),
     tags=("preference", "alignment", "reference", "prospect theory", "desirable", "undesirable"),
 )
@@ -99,7 +101,7 @@ class KTO(Margin):
         far = (batch["example_id"].cpu() + number // 2) % number
         other = run.source(Draw(far, torch.ones(examples)), rng(run.seed, run.step, "kto")) | {"example_id": far}
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)
-        for part in split(mismatched(batch, other), run.micro) if examples else ():
+        for part in split(mismatched(batch, other), run.micro) if examples and number > 1 else ():
             ratios = _ratios(run, {name: column.to(run.device) for name, column in part.items()})
             sums += torch.stack([ratios.sum(), torch.full_like(sums[1], ratios.numel())])
         total, answers = all_sum(sums).unbind()
