@@ -44,7 +44,7 @@ CARD = Card(
     evidence=("benchmarks/results/unlearning.json", "benchmarks/results/unlearning_smollm2.json"),
     departures=(
         "the likelihood is a mean over the step's labels; the code takes a micro-batch's. The defaults are those of "
-        "open-unlearning; the authors' configuration for TOFU has β = 2.5, γ = 0.1375"
+        "open-unlearning, and the authors' for a tenth of TOFU; for a twentieth they take β = 2.5, γ = 0.1375"
     ),
     tags=("unlearning", "forgetting", "preference", "reference-free", "retain", "tofu"),
 )

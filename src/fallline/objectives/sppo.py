@@ -36,7 +36,7 @@ CARD = Card(
     ),
     departures=(
         "preferences are certain, as in TRL; the paper's are probabilities from a preference model, and its rounds of "
-        "generation are not made here. The authors' code halves the sum"
+        "generation are not made here. The authors' code halves the sum, and their scripts start it with β = 0.001"
     ),
     tags=("preference", "alignment", "margin", "reference", "square", "self-play"),
 )
@@ -45,7 +45,10 @@ CARD = Card(
 @dataclass(frozen=True)
 class Config(Options):
     beta: float = option(
-        0.01, "β, how strongly the reference holds: log-ratios end at ±1/(2β)", gt=0, source="the authors' config_full"
+        0.01,
+        "β, how strongly the reference holds: log-ratios end at ±1/(2β)",
+        gt=0,
+        source="the authors' config_full, which their scripts override, see the card",
     )
 
 
