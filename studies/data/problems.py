@@ -2,8 +2,8 @@
 
     python studies/data/problems.py
 
-Questions come as they are; letter counting has the wish for a bare answer added, since exact match asks for that. A problem to be held out
-that is also among those to learn is left out.
+Questions come as they are; letter counting has the wish for a bare answer added, since exact match asks for that. A
+problem to be held out that is also among those to learn is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pathlib import Path
 import reasoning_gym
 
 FAMILIES = {  # family: (what is added to each question, {file: the problems it holds})
-    "letter_counting": (" Answer with the number alone.", {"letter-counting-few": (0, 72), "letter-counting-held-out": (300, 360)}),
+    "letter_counting": (
+        " Answer with the number alone.",
+        {"letter-counting-few": (0, 72), "letter-counting-held-out": (300, 360)},
+    ),
     "family_relationships": ("", {"family-relationships": (0, 400), "family-relationships-held-out": (400, 460)}),
 }
 
