@@ -86,6 +86,21 @@ def test_paths_are_written_where_names_would_match_more(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
+def test_a_model_that_generates_nothing_and_has_blocks_named_as_its_layers(tmp_path: Path) -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        linear = torch.nn.Linear
+        return torch.nn.Sequential(torch.nn.Sequential(linear(4, 8)), torch.nn.Sequential(linear(8, 3)))
+
+    model = attach(make(), "lora", rank=2)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_()
+    save(model, tmp_path)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
+
+
 def test_a_loaded_adapter_goes_on_training_beside_others(tmp_path: Path) -> None:
     model = attach(llama(), "lora", rank=2)
     fit(model)

@@ -26,7 +26,7 @@ from ..folders import readable
 from . import peft_lora, peft_miss, peft_randlora
 from .base import Adapter
 from .gated import Gating
-from .layers import Adapted, adapted, names, put, select
+from .layers import Adapted, adapted, can_adapt, names, put, select
 from .o3_gate import FILE as GATE
 from .o3_gate import Gate
 
@@ -66,7 +66,7 @@ def save(model: nn.Module, folder: str | Path, *, name: str = "default", base: s
     method = next(iter(layers.values())).methods[name]
     settings = {
         "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,  # PEFT asks for that
         "base_model_name_or_path": base or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "target_modules": short_names(model, list(layers)),
         "bias": "none",
@@ -108,9 +108,12 @@ def ranks(layers: Mapping[str, Adapted], name: str) -> dict[str, Any]:
 
 
 def short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The last parts of these paths where they name just these layers, else the paths."""
+    """The last parts of these paths where they name just these layers, also among what is no linear layer, where PEFT
+    looks too; else the paths."""
     short = sorted({path.rpartition(".")[2] for path in paths})
-    return short if sorted(select(model, short)) == sorted(paths) else sorted(paths)
+    others = (p for p, m in model.named_modules() if not can_adapt(m) and ".adapters" not in p)
+    just = sorted(select(model, short)) == sorted(paths) and not any(p.rpartition(".")[2] in short for p in others)
+    return short if just else sorted(paths)
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default") -> Any:
