@@ -101,6 +101,25 @@ def test_a_model_that_generates_nothing_and_has_blocks_named_as_its_layers(tmp_p
     torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
 
 
+def test_a_rank_and_a_strength_of_a_path_that_another_ends_in(tmp_path: Path) -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.body = torch.nn.Sequential()
+        model.body.fc, model.fc = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        return model
+
+    patterns = {"rank_pattern": {"^fc": 3}, "alpha_pattern": {"^fc": 40}}
+    theirs = peft.get_peft_model(
+        make(), peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False, **patterns)
+    )
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    save(load(make(), tmp_path / "theirs"), tmp_path / "ours")
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(load(make(), tmp_path / "ours")(x), theirs(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), tmp_path / "ours")(x), theirs(x))
+
+
 def test_a_loaded_adapter_goes_on_training_beside_others(tmp_path: Path) -> None:
     model = attach(llama(), "lora", rank=2)
     fit(model)

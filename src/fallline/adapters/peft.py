@@ -11,7 +11,7 @@ it, every other as the LoRA that its change is (`Adapter.factors`). `load` takes
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,15 @@ def ranks(layers: Mapping[str, Adapted], name: str) -> dict[str, Any]:
     return {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {path: len(each.A) for path, each in found.items() if len(each.A) != r},
-        "alpha_pattern": {path: each.alpha for path, each in found.items() if each.alpha != alpha},
+        "rank_pattern": {pattern(path, found): len(each.A) for path, each in found.items() if len(each.A) != r},
+        "alpha_pattern": {pattern(path, found): each.alpha for path, each in found.items() if each.alpha != alpha},
         "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
     }
+
+
+def pattern(path: str, paths: Iterable[str]) -> str:
+    """What PEFT finds just this one of these paths by: it looks at ends of paths, unless told where they begin."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
 def short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
