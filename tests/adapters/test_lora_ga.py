@@ -95,6 +95,24 @@ def test_a_weight_that_is_used_elsewhere_is_refused() -> None:
         attach(llama(), "lora-ga", rank=2, targets="lm_head", data=batches())
 
 
+@pytest.mark.parametrize("id", ["lora-ga", "lora-sb"])
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (float("nan"), r"the gradient of model\.layers\.\d\..* on the data to begin from is not finite"),
+        (0.0, "all are zero on the data to begin from: no token of it is a label"),
+    ],
+)
+def test_gradients_that_say_nothing_are_refused(id: str, factor: float, message: str) -> None:
+    """The loss is finite; what comes back from the head is not, or nothing."""
+    model = llama()
+    model.lm_head.register_full_backward_pre_hook(lambda _, grad: (grad[0] * factor,))
+    with pytest.raises(InputError, match=message):
+        attach(model, id, rank=2, data=batches())
+    assert not adapted(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_private_run_is_refused() -> None:
     run: Any = SimpleNamespace(model=attach(llama(), "lora-ga", rank=2, data=batches()), estimator=SimpleNamespace())
     Begin().check(run)

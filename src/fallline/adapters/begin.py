@@ -2,9 +2,10 @@
 
 In a run this is a part; the data are the first rows of what it trains on. In a loop of one's own `attach` does it, with
 the batches it is given. The base model is asked, in evaluation mode. Of gradients no more are held at a time than the
-adapter's own gradient and two moments will take (`fallline.calibrate.gradients`); of inputs one layer's at a time, and
-the directions in which each varies (`fallline.calibrate_inputs`). A method that begins from inputs has the rank on each
-layer that these directions earn, which may be none.
+adapter's own gradient and two moments will take, or than an eighth of all, where that is more, or one
+(`fallline.calibrate.gradients`); of inputs one layer's at a time, and the directions in which each varies
+(`fallline.calibrate_inputs`). A method that begins from inputs has the rank on each layer that these directions earn,
+which may be none.
 
 The inputs that count are those of tokens after which a label is predicted: there the loss is taken.
 """
@@ -203,7 +204,8 @@ def begin(model: nn.Module, name: str, data: Data, *, seed: int) -> Sequence[Cha
 
     Raises:
         InputError: no data, a loss that is not finite, an adapted weight that the model also uses elsewhere, where its
-            gradient is asked for; or what `calibrate_inputs.directions` refuses.
+            gradient is asked for, or gradients that are not finite or all zero; or what `calibrate_inputs.directions`
+            refuses.
     """
     layers = {path: layer for path, layer in adapted(model).items() if name in layer.adapters}
     if method_of(model, name).needs == "gradient":
@@ -230,12 +232,24 @@ def from_gradients(model: nn.Module, layers: Mapping[str, Adapted], name: str, d
     trained = sum(p.numel() for layer in layers.values() for p in layer.adapters[name].parameters())
     whole = sum(p.numel() * calibrate.wide(p).itemsize for p in weights.values())
     room = max(12 * trained, whole // MOST_PASSES)
+    told = False
     with disabled(model), calibrate.evaluating(model):
         for path, G in calibrate.gradients(model, weights, data, room):
+            if not G.isfinite().all():
+                raise InputError(
+                    f"the gradient of {path} on the data to begin from is not finite; look at model and data, or take "
+                    "a wider dtype"
+                )
+            told = told or bool(G.any())
             layer = layers[path]
             with torch.no_grad():
                 P = layer.adapters[name]
                 layer.methods[name].begin(P, layer.matrix, noise_of(path, seed), layer.turned(G))
+    if not told:
+        raise InputError(
+            f"{method.id!r} begins from gradients of the weights, and all are zero on the data to begin from: no token "
+            "of it is a label, or the loss does not depend on the layers of 'targets'"
+        )
 
 
 def from_inputs(model: nn.Module, layers: Mapping[str, Adapted], name: str, data: Data, seed: int) -> Sequence[Change]:
