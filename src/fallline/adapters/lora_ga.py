@@ -12,7 +12,7 @@ kept: the change is a LoRA of rank 2r of the untouched model, whose frozen half 
 
 Cost: LoRA's, 2 r (m + n) numbers more to hold, and products of rank 2r in place of r; at the start a forward and
 backward of `rows` rows for each part of the model whose gradients fit into the room of the adapter's optimizer state,
-and a decomposition of each gradient.
+or into that of an eighth of all where this is more, and a decomposition of each gradient.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 columns of B are orthonormal, a step of plain descent on R is the projection of full fine-tuning's step.
 
 Cost: LoRA-XS's in training; at the start a forward and backward of `rows` rows for each part of the model whose
-gradients fit into the room of the adapter's optimizer state, and a decomposition of each.
+gradients fit into an eighth of the room of all, or into that of the adapter's optimizer state where this is more, and a
+decomposition of each.
 """
 
 from __future__ import annotations
