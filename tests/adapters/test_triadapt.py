@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from fallline.adapters.between import between
 from fallline.adapters.layers import adapted, inject
 from fallline.adapters.rerank import resize, sizes
-from fallline.adapters.triadapt import Config, Triadapt
+from fallline.adapters.triadapt import Config, Triadapt, how_many
 from fallline.optim import create
 
 from .models import llama, logits, tokens
@@ -136,8 +137,8 @@ def test_layers_that_grow_most_get_a_block(growth: Any, every: int, warmup: int)
     for t in range(steps):
         target = rank * layers
         if t > warmup and (t - warmup) % every == 0 and sum(ranks) < target:
-            share, missing = (t - warmup) / (steps - warmup), target - sum(ranks)
-            count = int(missing * share) if growth == "linear" else int(missing**share + 1e-12)
+            share, missing = Fraction(t - warmup, steps - warmup), target - sum(ranks)
+            count = int(missing * share) if growth == "linear" else int(missing ** float(share) + 1e-12)
             count = min(layers, max(1, count))
             now = importance()
             scores = [a - b for a, b in zip(now, last, strict=True)]
@@ -154,3 +155,11 @@ def test_layers_that_grow_most_get_a_block(growth: Any, every: int, warmup: int)
     assert sum(ranks) >= rank * layers
     assert len(set(ranks)) > 1
     assert several or every == 1  # both kinds of count were met
+
+
+def test_numbers_of_layers_that_are_whole_are_not_one_less() -> None:
+    for missing, k, steps in ((50, 29, 50), (100, 29, 100), (100, 57, 100), (7, 3, 10)):
+        assert how_many(missing, k / steps, "linear", 999) == missing * k // steps
+    for root in range(1, 20):
+        assert how_many(root**2, 0.5, "exponential", 999) == root
+        assert how_many(root**3, 1 / 3, "exponential", 999) == root

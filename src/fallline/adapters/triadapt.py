@@ -192,7 +192,8 @@ def how_many(missing: int, share: float, growth: str, layers: int) -> int:
         missing: ranks to the target. share: ρ, of the run that is over. growth: as in `Config`. layers: how many there
             are.
     """
-    count = math.floor(missing * share if growth == "linear" else math.exp(share * math.log(missing)))
+    found = missing * share if growth == "linear" else missing**share
+    count = math.floor(found + 1e-9)  # 1e-9: 100 · 0.29 is not quite 29
     return min(max(1, count), layers)
 
 
