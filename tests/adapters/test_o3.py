@@ -236,6 +236,20 @@ def test_each_row_gets_its_weight_and_zero_is_the_base_to_the_bit(make: Any) -> 
     assert torch.equal(logits(model), plain)
 
 
+def test_merging_beside_an_ungated_adapter_is_refused_before_any_weight_is_changed() -> None:
+    model = adapters.attach(llama(), "lora", rank=2, targets="layers.1.mlp.up_proj")
+    Gating(model, "default", Told(0.5, 0.5, 0.5))
+    adapters.attach(model, "lora", rank=2, name="other", targets="q_proj")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_()
+    adapters.activate(model, "other", "default")
+    before = logits(model)
+    with pytest.raises(InputError, match="cannot be merged"):
+        adapters.merge(model)
+    assert torch.equal(logits(model), before)
+
+
 def test_padding_is_not_pooled_and_a_cache_keeps_the_weights_it_began_with() -> None:
     model, gate = lora(), Told(0.0, 0.7)
     Gating(model, "default", gate)

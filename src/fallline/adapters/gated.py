@@ -91,6 +91,12 @@ class Gating:
         return self.now.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+NO_CHANGE = (
+    "adapter 'o3' counts for each input as much as its gate says: it is no one change of the weights, and cannot be "
+    "merged or measured as one"
+)
+
+
 class Gated(Adapter):
     """A method whose change counts as much as a gate says."""
 
@@ -101,10 +107,7 @@ class Gated(Adapter):
         self.method, self.gating = method, gating
 
     def delta(self, P: Any, W: Weight) -> Tensor:
-        raise InputError(
-            "adapter 'o3' counts for each input as much as its gate says: it is no one change of the weights, and "
-            "cannot be merged or measured as one"
-        )
+        raise InputError(NO_CHANGE)
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
         return self.gating.of(x) * self.method.apply(P, x, W, training)
@@ -126,7 +129,9 @@ def plain(method: Adapter) -> Adapter:
 
 def gated(model: nn.Module) -> bool:
     """Does an adapter that is on count by a gate?"""
-    return any(isinstance(layer.methods[name], Gated) for layer in adapted(model).values() for name in layer.active)
+    return any(
+        isinstance(plain(layer.methods[name]), Gated) for layer in adapted(model).values() for name in layer.active
+    )
 
 
 def refuse_gated(model: nn.Module, name: str, what: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..quantised import QuantisedLinear
+from .gated import NO_CHANGE, gated
 from .layers import adapted, wide
 
 
@@ -21,12 +22,15 @@ def merge(model: nn.Module, *, keep: bool = False) -> None:
         keep: keep the old weights too, as much memory again, so that `unmerge` brings them back bit for bit.
 
     Raises:
-        InputError: there is nothing to merge, a weight is used elsewhere too (a tied head), or weights are quantised:
-            what rounding to few bits takes away is larger than most adapters' changes.
+        InputError: there is nothing to merge, an adapter counts by a gate, a weight is used elsewhere too (a tied
+            head), or weights are quantised: what rounding to few bits takes away is larger than most adapters' changes.
+            The model is then as it was.
     """
     layers = {path: layer for path, layer in adapted(model).items() if layer.active and not layer.merged}
     if not layers:
         raise InputError("there is no active adapter to merge")
+    if gated(model):
+        raise InputError(NO_CHANGE)
     few = next(((path, layer) for path, layer in layers.items() if isinstance(layer, QuantisedLinear)), None)
     if few is not None:
         raise InputError(
