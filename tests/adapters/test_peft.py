@@ -87,7 +87,7 @@ def test_paths_are_written_where_names_would_match_more(tmp_path: Path) -> None:
 
 
 def test_a_model_that_generates_nothing_and_has_blocks_named_as_its_layers(tmp_path: Path) -> None:
-    def make() -> torch.nn.Module:
+    def make() -> Any:
         torch.manual_seed(0)
         linear = torch.nn.Linear
         return torch.nn.Sequential(torch.nn.Sequential(linear(4, 8)), torch.nn.Sequential(linear(8, 3)))
@@ -102,17 +102,16 @@ def test_a_model_that_generates_nothing_and_has_blocks_named_as_its_layers(tmp_p
 
 
 def test_a_rank_and_a_strength_of_a_path_that_another_ends_in(tmp_path: Path) -> None:
-    def make() -> torch.nn.Module:
+    def make() -> Any:
         torch.manual_seed(0)
         model = torch.nn.Sequential()
         model.body = torch.nn.Sequential()
         model.body.fc, model.fc = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
         return model
 
-    patterns = {"rank_pattern": {"^fc": 3}, "alpha_pattern": {"^fc": 40}}
-    theirs = peft.get_peft_model(
-        make(), peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False, **patterns)
-    )
+    config = peft.LoraConfig(r=2, target_modules=["fc"], rank_pattern={"^fc": 3}, alpha_pattern={"^fc": 40})
+    config.init_lora_weights = False
+    theirs: Any = peft.get_peft_model(make(), config)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     save(load(make(), tmp_path / "theirs"), tmp_path / "ours")
     x = torch.randn(5, 4)
