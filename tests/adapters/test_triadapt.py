@@ -14,6 +14,7 @@ from fallline.adapters.between import between
 from fallline.adapters.layers import adapted, inject
 from fallline.adapters.rerank import resize, sizes
 from fallline.adapters.triadapt import Config, Triadapt, how_many
+from fallline.errors import InputError
 from fallline.optim import create
 
 from .models import llama, logits, tokens
@@ -163,3 +164,8 @@ def test_numbers_of_layers_that_are_whole_are_not_one_less() -> None:
     for root in range(1, 20):
         assert how_many(root**2, 0.5, "exponential", 999) == root
         assert how_many(root**3, 1 / 3, "exponential", 999) == root
+
+
+def test_a_rank_to_be_reached_that_it_begins_with_is_refused() -> None:
+    with pytest.raises(InputError, match="4 does not grow to 4"):
+        Config(first=4, rank=4)

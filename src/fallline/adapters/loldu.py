@@ -99,7 +99,8 @@ class Loldu(Adapter):
         return found
 
     def delta(self, P: Any, W: Weight) -> Tensor:
-        found: Tensor = (P.lower * self.diagonal(P, P.z, P.c)) @ P.upper
+        wide = torch.promote_types(P.lower.dtype, torch.float32)
+        found: Tensor = (P.lower.to(wide) * self.diagonal(P, P.z, P.c).to(wide)) @ P.upper.to(wide)
         return found
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..catalog import Card
+from ..errors import InputError
 from ..options import option
 from ..per_example import linear
 from . import lora
@@ -74,6 +75,13 @@ class Config(lora.Config):
     )
     every: int = option(1, "updates from one growth to the next", gt=0, source="public implementation")
     warmup: int = option(0, "w, updates before the first", ge=0, source="public implementation")
+
+    def check(self) -> None:
+        super().check()
+        if self.first >= self.rank:
+            raise InputError(
+                f"'first' is the rank at the start, 'rank' that at the end; {self.first} does not grow to {self.rank}"
+            )
 
 
 class Triadapt(MadeLora):
