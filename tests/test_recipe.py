@@ -30,6 +30,11 @@ def test_options_alone_go_to_the_default_method() -> None:
     assert (schedule.id, schedule.options.warmup) == ("linear", 3)
 
 
+def test_a_zero_before_a_whole_number_changes_nothing() -> None:
+    recipe = Recipe.parse(GOOD, "steps=0100", "seed=+09")
+    assert (recipe.settings.steps, recipe.settings.seed) == (100, 9)
+
+
 def test_numbers_like_1e_3_are_numbers_and_yes_is_text() -> None:
     assert Recipe.parse(GOOD).optimizer.options.lr == 0.01
     with pytest.raises(InputError, match=r"'nesterov' must be true or false, got 'yes' \(recipe:4\)"):
