@@ -114,6 +114,9 @@ def test_differences_ignore_what_does_not_change_the_result() -> None:
         (GOOD + "probes: update-ratio\n", "'probes' must be a list of names, got 'update-ratio' (r.yaml:7)"),
         (GOOD + "probes: [update-ratio, update-ratio]\n", "'probes' names update-ratio twice (r.yaml:7)"),
         (GOOD + "? [a]\n: 1\n", "a key must be a name (r.yaml:7)"),
+        (GOOD + "out: a\x1bb\n", "'r.yaml' holds a character that YAML does not take: '\\x1b'"),
+        (GOOD + "out: !!timestamp x\n", "cannot read 'x'"),
+        (GOOD + "out: !!bool x\n", "cannot read 'x'"),
     ],
 )
 def test_bad_recipes_are_one_line_with_the_place(text: str, message: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from .errors import InputError
 
@@ -37,9 +38,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 def read(text: str, origin: str) -> Node:
     """YAML text as nodes that know their line."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
+    except ReaderError as error:
+        raise InputError(f"{origin!r} holds a character that YAML does not take: {chr(error.character)!r}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -61,7 +64,7 @@ def read(text: str, origin: str) -> Node:
             return Node([walk(child) for child in node.value], where)
         try:
             return Node(loader.construct_object(node), where)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # of a tag that does not suit
             raise InputError(f"cannot read {node.value!r}: {getattr(error, 'problem', None) or error}{where}") from None
 
     try:
