@@ -31,6 +31,15 @@ def test_the_recipes_method_keeps_its_options():
     assert sgd.recipe.optimizer.options.lr == 0.1  # its own default
 
 
+def test_an_option_for_all_is_for_all_but_the_choice_that_sets_it():
+    found = make_choices(RECIPE, ["optimizer.lr=5e-3", "steps=7"], ["optimizer=adamw,sgd,{name: scale, lr: 2e-3}"])
+    assert [c.recipe.optimizer.options.lr for c in found if c.recipe] == [5e-3, 5e-3, 2e-3]
+    lone = make_choices(RECIPE, ["optimizer=sgd", "optimizer.lr=5e-3"], ["optimizer.lr=1e-3,2e-3"])
+    assert [c.recipe.optimizer.options.lr for c in lone if c.recipe] == [1e-3, 2e-3]
+    with pytest.raises(InputError, match="'sgd' has no option 'betas'"):
+        make_choices(RECIPE, ["optimizer.betas=[0.9, 0.9]"], ["optimizer=adamw,sgd"])
+
+
 def test_a_choice_may_have_options_and_commas():
     found = make_choices(RECIPE, [], ["optimizer={name: adamw, lr: 2e-3, betas: [0.9, 0.99]},scale"])
     assert [c.label for c in found] == ["adamw lr=2e-3 betas=[0.9, 0.99]", "scale"]

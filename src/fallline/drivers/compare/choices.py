@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ...catalog import KINDS, entries
 from ...errors import InputError, nearest
 from ...recipe import Recipe
-from ...written import commas
+from ...written import commas, read
 
 OWN = ("out", "seed", "sample", "tracker", "checkpoint", "probes")
 """Keys that a choice cannot be about: the comparison sets them, or they change nothing that it measures."""
@@ -83,7 +84,7 @@ def make_choices(
         changes = dict(zip(keys, combined, strict=True))
         label = " ".join(_label(key, value) for key, value in changes.items())
         try:
-            recipe = Recipe.load(path, *overrides, *map("=".join, changes.items()))
+            recipe = Recipe.load(path, *overrides, *map("=".join, changes.items()), *again(overrides, changes))
             parsed = [Recipe.parse(recipe.to_yaml(), trial, origin=label) for trial in trials]
             tried += [Choice(label, changes, one) for one in parsed[:1]]
             choices.append(Choice(label, changes, recipe))
@@ -95,6 +96,24 @@ def make_choices(
     if tried:
         check_choices([*tried, *(c for c in choices if c.recipe is None)])
     return choices
+
+
+def again(overrides: Sequence[str], changes: Mapping[str, str]) -> list[str]:
+    """The overrides of options of a method that a choice replaces, which would be lost with the old one: they are for
+    all choices, but for one that sets the option itself."""
+    keys = ((override, override.partition("=")[0]) for override in overrides)
+    return [o for o, key in keys if key.partition(".")[0] in changes and "." in key and not sets(changes, key)]
+
+
+def sets(changes: Mapping[str, str], key: str) -> bool:
+    """Whether a choice is about a key such as ``optimizer.lr``, by itself or among the options of its method."""
+    head, *options = key.split(".")
+    value: Any = read(changes.get(head, ""), head).value
+    for option in options:
+        if not isinstance(value, dict) or option not in value:
+            return key in changes
+        value = value[option].value
+    return key in changes or bool(options)
 
 
 def check_choices(choices: Sequence[Choice]) -> None:
