@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fallline.catalog import entries
 from fallline.drivers.compare.choices import make_choices
+from fallline.drivers.compare.run import ask
 from fallline.errors import InputError
 
 RECIPE = "recipes/tiny.yaml"
@@ -100,3 +103,19 @@ def test_what_is_tuned_must_suit_every_choice_and_be_all_that_it_changes():
         make_choices(RECIPE, [], ["optimizer={name: sgd, lr: 0.1},{name: sgd, lr: 0.2}"], rates)
     with pytest.raises(InputError, match="whole number"):
         make_choices(RECIPE, [], ["optimizer=muon,{name: muon, nesterov: false}"], ["optimizer.ns_steps=5.5"])
+
+
+@pytest.mark.parametrize(
+    ("over", "tune", "message"),
+    [
+        ("optimizer.lr=1e-3,1e-2", "optimizer.lr=1e-4:1e-2", "are the same"),
+        ("optimizer={name: adamw, lr: 2e-3},scale", "optimizer.lr=1e-4:1e-2", "both compared and tuned"),
+        ("optimizer=adamw,scale", "steps=10:1000:3", "'steps': it would change what is held equal"),
+        ("optimizer=adamw,scale", "seed=1:100:3", "'seed'"),
+        ("optimizer=adamw,scale", "data.length=10:1000:3", "'data': trials are judged by their loss"),
+        ("objective=causal,dco", "objective.samples=1:100:3", "'objective'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(over: str, tune: str, message: str):
+    with pytest.raises(InputError, match=message):
+        ask(Path(RECIPE), [], [over], 1, tune, "tokens", 1, "")

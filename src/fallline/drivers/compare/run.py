@@ -14,7 +14,7 @@ from ...errors import InputError, StorageError
 from ...report import analyse, write
 from ..folder import make_folder, next_free
 from ..train import interruptible
-from .choices import check_choices, make_choices
+from .choices import OWN, check_choices, make_choices, sets
 from .record import gather
 from .study import Equal, Study, grown, read_study, write_study
 from .tuning import Tune
@@ -106,8 +106,13 @@ def ask(
             )
     tuned = None if tune is None else Tune.parse(tune)
     trials = [] if tuned is None else [f"{tuned.key}={value!r}" for value in tuned.grid()]
+    head = "" if tuned is None else tuned.key.partition(".")[0]
+    if head in ("data", "eval", "objective"):
+        raise InputError(f"--tune cannot be about {head!r}: trials are judged by their loss, which it would change")
+    if head in ("steps", "batch", *OWN):
+        raise InputError(f"--tune cannot be about {head!r}: it would change what is held equal, or nothing that counts")
     choices = make_choices(path, overrides, over, trials)
-    if tuned is not None and any(tuned.key in c.changes for c in choices):
+    if tuned is not None and any(sets(c.changes, tuned.key) for c in choices):
         raise InputError(f"{tuned.key!r} cannot be both compared and tuned")
     compared = {key for c in choices for key in c.changes}
     if equal == "time" and "steps" in compared:
