@@ -15,7 +15,7 @@ from ...report import analyse, write
 from ...written import flat
 from ..folder import next_free
 from .measuring import spread
-from .record import Record, comparable, curve_of, final_measures, gather, machine, measured_on, read_json, trade_off
+from .record import Record, comparable, curve_of, final_measures, gather, machine, measured_on, mixed, read_json, trade_off, unchanged
 from .run import Comparison
 from .study import read_study
 
@@ -121,13 +121,19 @@ def joined(one: Record, other: Record) -> Record:
     runs = one["runs"] + [r for r in other["runs"] if (r["kind"], r["seed"], r["value"]) not in have]
     finals = [r for r in runs if r["kind"] == "final"]
     done = [r for r in finals if r["status"] == "done"]
-    of_data = {c["comparable"] for c in (one, other) if c["runs"]}
+
+    def alike(key: str) -> str:
+        """What says which data both are of, or nothing where it is not the same."""
+        found = {c.get(key) or "" for c in (one, other) if c["runs"]}
+        return found.pop() if len(found) == 1 else ""
+
     return dict(one) | {
         "runs": runs,
         "planned": len(finals),
         "status": "done" if done and len(done) == len(finals) else one["status"] if not done else "partial",
         "error": None if done else one["error"],
-        "comparable": of_data.pop() if len(of_data) == 1 else "",
+        "comparable": alike("comparable"),
+        "measured_on": alike("measured_on"),
         "time": one["time"] or other["time"],
         "memory": one["memory"] or other["memory"],
     }
@@ -170,7 +176,10 @@ def of_runs(paths: Sequence[Path]) -> Record:
         "model": about["model"],
         "recipe": choices[0]["recipe"],
         "sources": {},  # a run folder does not say
-        "notes": ["These runs were made one by one: nothing was held equal for them but what their recipes say."],
+        "notes": [
+            "These runs were made one by one: nothing was held equal for them but what their recipes say.",
+            *mixed([about for group in groups.values() for _, _, about in group]),
+        ],
         "choices": choices,
     }
 
@@ -193,6 +202,7 @@ def labelled(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]) -> Record:
     """One choice: runs that differ in the seed alone."""
     _, recipe, about = group[0]
+    same_data, same_also = unchanged(about, [run for _, _, run in group])
     runs = []
     steps: list[float] = []
     tokens = 0
@@ -229,8 +239,8 @@ def of_group(label: str, group: Sequence[tuple[Path, Recipe, Mapping[str, Any]]]
         "recipe": recipe.to_mapping(),
         "status": "failed" if not done else "done" if len(done) == len(runs) else "partial",
         "error": None if done else "no run of it is through",
-        "comparable": comparable(about, recipe),
-        "measured_on": measured_on(about, recipe),
+        "comparable": comparable(about, recipe) if same_data else "",
+        "measured_on": measured_on(about, recipe) if same_data and same_also else "",
         "trade_off": trade_off(recipe),
         "steps": recipe.settings.steps,
         "parameters": about["model"]["parameters"],

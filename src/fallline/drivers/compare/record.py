@@ -79,7 +79,7 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         error = bad[-1]["error"] if bad else None
     about = measured.get("record", {})
     made = [read_json(folder / r["folder"] / "run.json") for r in finals]
-    same_data = all(content(m) == content(about) for m in made if m)
+    same_data, same_also = unchanged(about, made)
     settings: Sequence[str] = read_json(folder / "equal.json").get("settings", {}).get(choice.label, [])
     recipe = None
     if choice.recipe is not None:
@@ -91,7 +91,7 @@ def choice_record(folder: Path, study: Study, choice: Choice, measured: Mapping[
         "status": "done" if len(through) == len(study.seeds) else "failed" if error else "partial",
         "error": error,
         "comparable": comparable(about, recipe) if same_data else "",
-        "measured_on": measured_on(about, recipe) if same_data else "",
+        "measured_on": measured_on(about, recipe) if same_data and same_also else "",
         "trade_off": trade_off(recipe),
         "steps": None if recipe is None else recipe.settings.steps,
         "parameters": about.get("model", {}).get("parameters"),
@@ -221,6 +221,13 @@ def trade_off(recipe: Recipe | None) -> list[str] | None:
     return None if both is None else [*both]
 
 
+def unchanged(about: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> tuple[bool, bool]:
+    """Whether all runs had the data that a record tells of, and whether they had the other data of its measures."""
+    made = [run for run in runs if run]
+    same = all(content(run) == content(about) for run in made)
+    return same, all(run.get("also") == about.get("also") for run in made)
+
+
 def content(about: Mapping[str, Any]) -> list[Any]:
     """What identifies the data of a run, its tokens included."""
     return [about.get("data", {}).get("sha256"), about.get("tokenizer", {}).get("sha256")]
@@ -241,11 +248,17 @@ def notes_of(folder: Path, study: Study, choices: Sequence[Record], baseline: st
         less = [label for label, peak in peaks.items() if peak < 0.9 * max(peaks.values())]
         if less:
             found.append(f"Memory could not be made equal for {', '.join(less)}: the memory below is what was used.")
-    runs = [read_json(path) for path in sorted((folder / "runs").glob("*/*/run.json"))]
-    for key in ("versions", "threads", "device", "platform"):
-        if len({json.dumps(run.get(key), sort_keys=True) for run in runs if run}) > 1:
-            found.append(f"Runs were made with more than one set of {key}; their run.json says which.")
-    return found
+    return found + mixed([read_json(path) for path in sorted((folder / "runs").glob("*/*/run.json"))])
+
+
+def mixed(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What runs were made with that was not the same for all."""
+    keys = ("versions", "threads", "device", "platform")
+    return [
+        f"Runs were made with more than one set of {key}; their run.json says which."
+        for key in keys
+        if len({json.dumps(run.get(key), sort_keys=True) for run in runs if run}) > 1
+    ]
 
 
 def tune_record(study: Study) -> Record | None:
