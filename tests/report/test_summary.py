@@ -241,3 +241,18 @@ def test_measures_are_claimed_as_their_intervals_allow() -> None:
     assert of["dco"]["exact"]["path"][-1] == pytest.approx(0.62)
     assert analysed["analysis"]["trade_off"] == ["docs/nll", "exact"]
     assert analyse(analysed)["analysis"] == analysed["analysis"]
+
+
+@pytest.mark.parametrize("lost", [("dco", "lost"), ("adamw", "failed"), ("dco", "not a number")])
+def test_no_measure_is_claimed_of_the_seeds_that_came_through(lost: tuple[str, str]) -> None:
+    record = measured()
+    run = next(c for c in record["choices"] if c["label"] == lost[0])["runs"][-1]
+    if lost[1] == "not a number":
+        run["measures"]["exact"] = None
+    else:
+        run |= {"status": lost[1], "loss": None}
+    analysis = analyse(record)["analysis"]
+    dco = next(c for c in analysis["choices"] if c["label"] == "dco")
+    assert dco["measures"]["exact"]["difference"]["low"] is None
+    docs = analysis["summary"]["measures"][1]
+    assert ("higher for ldr" in docs) is (lost[0] == "dco"), "of other choices it is"

@@ -17,7 +17,8 @@ def measured(record: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
     """Names of the measures, and for each choice name → {n, mean, sd, min, max, difference, text, path}.
 
     `difference` {mean, low, high} is to the baseline, None without a common seed or where the measures are of other
-    data; its bounds are None without two seeds that differ. `path` is the mean over seeds at the steps all evaluated.
+    data; its bounds are None without two seeds that differ, and where a seed of either failed: what the others say is
+    not of it, and of a measure nobody knows here which side is the better. `path` is the mean over seeds at the steps all evaluated.
     """
     choices = record["choices"]
     base = next((c for c in choices if c["label"] == record["baseline"]), None)
@@ -29,12 +30,14 @@ def measured(record: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
             {} if base is None or c is base or not alike(c, base) else paired(at_the_end(c, name), of_base)
             for c in choices
         ]
-        made = sum(1 for p in pairs if informative(p))
-        for choice, about, pair in zip(choices, found, pairs, strict=True):
+        base_whole = base is not None and whole(base, name)
+        told = [informative(p) and base_whole and whole(c, name) for c, p in zip(choices, pairs, strict=True)]
+        made = sum(told)
+        for choice, about, pair, claims in zip(choices, found, pairs, told, strict=True):
             values = at_the_end(choice, name)
             if not values:
                 continue
-            low, high = interval(list(pair.values()), made) if informative(pair) else (None, None)
+            low, high = interval(list(pair.values()), made) if claims else (None, None)
             mean = statistics.fmean(pair.values()) if pair else None
             of = sample(list(values.values()))
             text = {
@@ -66,6 +69,12 @@ def sentences(baseline: str, names: Sequence[str], rows: Sequence[tuple[str, Map
 def done(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs that count and ended well."""
     return [run for run in finals(choice).values() if outcome(run) == "done"]
+
+
+def whole(choice: Mapping[str, Any], name: str) -> bool:
+    """Whether no run failed, and none that is through lacks the measure."""
+    ended = [run for run in finals(choice).values() if outcome(run) in ("done", "failed", "lost")]
+    return len(at_the_end(choice, name)) == len(ended)
 
 
 def at_the_end(choice: Mapping[str, Any], name: str) -> dict[int, float]:
