@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fallline.drivers.compare.merge import joined, of_runs
+from fallline.drivers.compare.record import set_times
 from fallline.recipe import Recipe
 from fallline.report import analyse
 
@@ -71,3 +72,14 @@ def test_a_choice_joined_from_two_data_has_none_in_common(tmp_path: Path):
     assert joined(old, old)["measured_on"] == old["measured_on"] != ""
     both = joined(old, new)
     assert (both["comparable"], both["measured_on"]) == ("", "")
+
+
+@pytest.mark.parametrize(("void", "step"), [(False, 1.0), (True, 0.2)])
+def test_seconds_are_not_made_of_a_void_time(void: bool, step: float):
+    phases = {"update": 0.1}
+    first = {"step": 0.5, "ratio": 1.0, "to": "a", "void": void, "interleaved": True, "phases": phases}
+    other = {"step": 0.2, "ratio": 2.0, "to": "a", "void": False, "interleaved": True, "phases": phases}
+    choices: list[dict[str, Any]] = [{"label": label, "time": None} for label in ("a", "b")]
+    set_times(choices, {"a": {"time": first, "tokens": 1}, "b": {"time": other, "tokens": 1}}, "a")
+    assert choices[1]["time"]["step"] == step
+    assert choices[1]["time"]["ratio"] == 2

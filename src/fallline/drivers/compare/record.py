@@ -154,7 +154,8 @@ def final_measures(curve: Mapping[str, Any]) -> dict[str, float | None] | None:
 def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
     """Give every choice its time of a step, as a multiple of the baseline's in the same rounds.
 
-    Seconds are that multiple of what the first choice took, so that all are of one spell of the machine.
+    Seconds are that multiple of what the first choice took, so that all are of one spell of the machine; where that is
+    void, they are the choice's own.
     """
     times = {label: m["time"] for label, m in measured.items() if "time" in m}
 
@@ -168,7 +169,7 @@ def set_times(choices: Sequence[Record], measured: Mapping[str, Mapping[str, Any
             continue
         mine = times[label]
         ratio, to = multiple(label)
-        step = ratio * times[to]["step"]
+        step = mine["step"] if times[to]["void"] else ratio * times[to]["step"]
         choice["time"] = dict(mine) | {
             "step": step,
             "ratio": None,
