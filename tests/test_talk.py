@@ -134,6 +134,15 @@ def test_generate_is_refused_in_one_line(folder: Path, say, argv: list[str], std
     assert re.fullmatch(f"fallline: error: {words}", line)
 
 
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_closed_standard_input_is_told(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    assert main([command, str(folder)]) == 2
+    assert capsys.readouterr().err == "fallline: error: standard input is closed; there is nothing to read\n"
+
+
 # chat
 
 

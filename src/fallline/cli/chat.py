@@ -13,7 +13,7 @@ from ..data.conversation import special_tokens
 from ..drivers.trained import Trained, open_trained
 from ..errors import InputError
 from ..generate import ends, positions, text_of
-from .generate import Sampling, show, well_formed
+from .generate import Sampling, show, standard_input, well_formed
 
 Message = dict[str, str]
 
@@ -144,8 +144,8 @@ class Conversation:
 def chat(args: Namespace) -> int:
     """Answer until the input ends. On a terminal, Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     sampling = Sampling.of(args)
+    typed = standard_input().isatty()
     conversation = Conversation(open_trained(args.model, args.device), args.system, sampling)
-    typed = sys.stdin.isatty()
     if typed:
         note(f"{conversation.trained.name}: Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D leaves")
     for line in prompted() if typed else piped():

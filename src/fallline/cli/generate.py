@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from ..drivers.train import interruptible
 from ..drivers.trained import Trained, open_trained
@@ -58,6 +58,8 @@ class Sampling:
 def generate(args: Namespace) -> int:
     """Print what the model writes after the prompt, as it comes."""
     sampling = Sampling.of(args)
+    if args.prompt is None:
+        standard_input()
     trained = open_trained(args.model, args.device)
     ids = encode(trained, args.prompt if args.prompt is not None else read_prompt())
     tokens = sampling.draw(trained.model, ids, 0, ends(trained.model, trained.tokenizer))
@@ -73,7 +75,7 @@ def show(pieces: Iterator[str]) -> int | None:
     Returns:
         The signal that ended it, or None.
     """
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     try:
         # an exception out of a signal can be lost in a destructor that happens to run: ask after each piece
         with interruptible() as stopped:
@@ -90,14 +92,25 @@ def read_prompt() -> str:
     """All of standard input but a newline at its end.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: it is closed, or not UTF-8.
     """
-    if sys.stdin.isatty():
+    source = standard_input()
+    if source.isatty():
         print("write the prompt, and end it with Ctrl-D on a line of its own", file=sys.stderr)
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return source.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#x}") from None
+
+
+def standard_input() -> TextIO:
+    """
+    Raises:
+        InputError: it is closed.
+    """
+    if sys.stdin is None:  # Python's way to say so
+        raise InputError("standard input is closed; there is nothing to read")
+    return sys.stdin
 
 
 def encode(trained: Trained, prompt: str) -> list[int]:
