@@ -56,6 +56,17 @@ def test_overrides() -> None:
     assert Recipe.parse(GOOD, "optimizer={name: scale, lr: 0.5}").optimizer.options.lr == 0.5
 
 
+def test_options_of_an_option_are_overridden_one_by_one() -> None:
+    masked = "objective: {name: entangle-mask, width: 64, of: dpo, options: {beta: 0.2}}\n"
+    both = Recipe.parse(GOOD + masked, "objective.options.beta=0.3", "objective.options.label_smoothing=0.1")
+    assert both.objective.options.options == {"beta": 0.3, "label_smoothing": 0.1}
+    assert Recipe.parse(GOOD + masked, "objective.options.label_smoothing=0.1").objective.options.options["beta"] == 0.2
+    first = Recipe.parse(GOOD, "objective={name: entangle-mask, width: 64}", "objective.options.beta=0.3")
+    assert first.objective.options.options == {"beta": 0.3}
+    also = Recipe.parse(GOOD + "eval: {also: {a: {name: python-docs}}}\n", "eval.also.a.length=32")
+    assert also.also["a"].options.length == 32
+
+
 def test_resolved_recipe_reads_back_equal() -> None:
     recipe = Recipe.parse(
         GOOD, "probes=[{name: update-ratio, every: 3}]", "checkpoint.every=5", "clip=1.0", "out=runs/x"
@@ -132,7 +143,10 @@ def test_bad_recipes_are_one_line_with_the_place(text: str, message: str) -> Non
         ("steps", "an override is key=value or key.option=value, got 'steps'"),
         ("=3", "an override is key=value"),
         ("optimizer.=3", "an override is key=value"),
-        ("a.b.c=3", "an override is key=value"),
+        ("a..c=3", "an override is key=value"),
+        ("a.b.c=3", "unknown key 'a'"),
+        ("optimizer.lr.x=3", "'optimizer.lr' is no mapping, it is 0.01 (in 'optimizer.lr.x=3')"),
+        ("optimizer.momentum.x=3", "'momentum' must be a number, got {'x': 3} (in 'optimizer.momentum.x=3')"),
         ("stpes=3", "unknown key 'stpes'; did you mean 'steps'? (in 'stpes=3')"),
         ("steps.x=3", "'steps' has no options"),
         ("optimizer.momentun=0.9", "did you mean 'momentum'? (in 'optimizer.momentun=0.9')"),

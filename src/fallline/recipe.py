@@ -247,23 +247,29 @@ _EXAMPLES = {"model": "{name: llama, preset: tiny}", "data": "{name: python-docs
 
 
 def _override(tree: dict[str, Node], text: str) -> None:
-    """Apply one ``key=value`` or ``key.option=value`` in place."""
+    """Apply one ``key=value``, ``key.option=value`` or, where an option is a mapping, ``key.option.key=value``."""
     path, equals, value = text.partition("=")
     where = f" (in {text!r})"
     keys = path.split(".")
-    if not equals or not all(keys) or len(keys) > 2:
+    if not equals or not all(keys):
         raise InputError(f"an override is key=value or key.option=value, got {text!r}")
     given = read(value, text).value
     head = keys[0]
     if head not in Recipe.KEYS:
         raise InputError(f"unknown key {head!r}; {nearest(head, Recipe.KEYS)}{where}")
     old = tree.get(head)
-    if len(keys) == 2:
+    if len(keys) > 1:
         if head not in WORDS and head not in SECTIONS:
             raise InputError(f"{head!r} has no options{where}")
         inner = dict(_as_mapping(head, old)) if old is not None else {}
-        inner[keys[1]] = Node(relocate(given, where), where)
         tree[head] = Node(inner, old.where if old is not None else where)
+        for depth, key in enumerate(keys[1:-1], 2):
+            found = inner.get(key, Node(None))
+            if found.value is not None and not isinstance(found.value, dict):
+                raise InputError(f"{'.'.join(keys[:depth])!r} is no mapping, it is {plain(found)!r}{where}")
+            inner[key] = Node(dict(found.value or {}), found.where or where)
+            inner = inner[key].value
+        inner[keys[-1]] = Node(relocate(given, where), where)
     elif head in WORDS and old is not None and _as_mapping(head, old).get("name", Node(None)).value == given:
         pass  # the method the recipe already has: its options stay
     else:
