@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -107,3 +109,18 @@ def test_what_is_known_is_only_taken_turns_with(monkeypatch: pytest.MonkeyPatch)
     assert set(kept) == {"c"}
     assert kept["c"]["time"]["to"] == "a"
     assert found(World({}), monkeypatch, {label: {"time": {}} for label in LABELS}) == {}
+
+
+def test_a_meter_ends_in_the_middle_of_a_step_when_nobody_listens_any_more():
+    code = "import time\nfrom fallline.drivers.compare.meter import end_with\nend_with(0)\nprint('ready', flush=True)\n"
+    asked = [sys.executable, "-c", f"{code}time.sleep(600)"]
+    with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            assert process.poll() is None
+            process.stdin.close()  # as the end of the process that holds it does
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()

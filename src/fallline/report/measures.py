@@ -18,7 +18,8 @@ def measured(record: Mapping[str, Any]) -> tuple[list[str], list[dict[str, Any]]
 
     `difference` {mean, low, high} is to the baseline, None without a common seed or where the measures are of other
     data; its bounds are None without two seeds that differ, and where a seed of either failed: what the others say is
-    not of it, and of a measure nobody knows here which side is the better. `path` is the mean over seeds at the steps all evaluated.
+    not of it, and of a measure nobody knows here which side is the better. `path` is the mean over seeds at the steps
+    all evaluated.
     """
     choices = record["choices"]
     base = next((c for c in choices if c["label"] == record["baseline"]), None)

@@ -15,7 +15,19 @@ from ...report import analyse, write
 from ...written import flat
 from ..folder import next_free
 from .measuring import spread
-from .record import Record, comparable, curve_of, final_measures, gather, machine, measured_on, mixed, read_json, trade_off, unchanged
+from .record import (
+    Record,
+    comparable,
+    curve_of,
+    final_measures,
+    gather,
+    machine,
+    measured_on,
+    mixed,
+    read_json,
+    trade_off,
+    unchanged,
+)
 from .run import Comparison
 from .study import read_study
 

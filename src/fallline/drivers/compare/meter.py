@@ -2,7 +2,7 @@
 
 `python -m fallline.drivers.compare.meter` reads a recipe as JSON ``{"recipe": …, "force": …}`` from its input, builds
 the run, warms up, and answers with its memory. For every further line, a number of steps, it takes them and answers
-with their seconds. It ends with its input.
+with their seconds. It ends with its input, in the middle of a step if need be: whoever asked is gone then.
 
 Memory is what the process has above its state after import: on a CPU its resident size, whose highest value is set
 back once the parts are built, so that reading the data does not count; on CUDA what torch's allocator gave out.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
+import threading
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -69,6 +71,18 @@ def meter(asked: TextIO, answers: TextIO) -> None:
         answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def end_with(fd: int) -> None:
+    """End this process as soon as nobody holds the other end of a pipe: a killed comparison cannot end its meters."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(fd, select.POLLHUP)
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def forget_peak() -> None:
     """Let the highest resident size begin anew; where the system does not offer it, building the parts counts too."""
     trim()  # what reading the data has left behind
@@ -97,4 +111,5 @@ def split(run: Run, peak: int) -> dict[str, Any]:
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library's chatter is not an answer
+    end_with(0)
     meter(sys.stdin, out)
