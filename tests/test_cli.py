@@ -93,6 +93,14 @@ def test_a_word_that_a_command_does_not_take(words: list[str], told: str, capsys
     assert shown.count("\n") == 1
 
 
+def test_a_path_that_the_system_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "x" * 300], ["chat", "x" * 300], ["report", "x" * 300], ["train", "x" * 300 + ".yaml"]):
+        assert main(words) == 2
+        shown = capsys.readouterr().err
+        assert "xxx" in shown
+        assert shown.count("\n") == 1
+
+
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "recipes" / "tiny.yaml")
     assert main(["train", path, "steps=3", "--print-recipe", "seed=5"]) == 0

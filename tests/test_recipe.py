@@ -8,6 +8,7 @@ import pytest
 
 from fallline.errors import InputError
 from fallline.recipe import Recipe
+from fallline.written import dump, plain, read
 
 GOOD = """\
 model: {name: llama, preset: tiny}
@@ -183,3 +184,9 @@ def test_files(tmp_path: Path) -> None:
 def test_recipes_that_ship_are_valid() -> None:
     for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize("text", ["1e3", "09", "0100", "yes", "null", "~", ".inf", "1_000", "2026-01-01", "#", "a:"])
+def test_text_that_looks_like_something_else_reads_back_as_text(text: str) -> None:
+    given = {"a": text, "b": 3, "c": 1e-5, "d": None}
+    assert plain(read(dump(given), "here")) == given

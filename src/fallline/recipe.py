@@ -18,12 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
-
 from .catalog import entries, find
 from .errors import InputError, nearest
 from .options import Options, option
-from .written import Node, flat, plain, read, relocate
+from .written import Node, dump, flat, plain, read, relocate
 
 T = TypeVar("T", bound=Options)
 
@@ -232,7 +230,7 @@ class Recipe:
         return out
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
+        return dump(self.to_mapping())
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What in `other`, the stored mapping of an earlier recipe, would make this run another run, one line each."""

@@ -25,6 +25,10 @@ class _Loader(yaml.SafeLoader):
     """YAML with the scalars a recipe needs: null, true/false, whole numbers, numbers (also 1e-3), text."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever text `_Loader`, or another reader of YAML, would take for something else."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"~|null|", ["~", "n", ""]),
@@ -32,8 +36,14 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # PyYAML takes 0100 for 64
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """YAML that `read` makes the same of."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read(text: str, origin: str) -> Node:
