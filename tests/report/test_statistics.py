@@ -103,6 +103,9 @@ def test_verdicts_of_intervals() -> None:
 def test_what_allows_no_claim() -> None:
     assert verdicts(choice("adamw", [4.86]), choice("a", [4.5]), seeds=1)["a"] == "one seed: no claim"
     assert verdicts(choice("adamw", [4.5, 4.5]), choice("a", [4.25, 4.25]))["a"] == "seeds without effect: no claim"
+    right = [5 / 24, 6 / 24], [6 / 24, 7 / 24]  # of 24 examples one more in both seeds, but for rounding
+    assert right[1][0] - right[0][0] != right[1][1] - right[0][1]
+    assert verdicts(choice("adamw", right[0]), choice("a", right[1]))["a"] == "seeds without effect: no claim"
     assert verdicts(BASE, choice("a", [4.5, 4.52, 4.51], comparable="else"))["a"] == "not comparable"
     assert verdicts(BASE, choice("a", [4.5, 4.53, None]))["a"] == "failed seeds: no claim"
     assert verdicts(BASE, choice("a", [None, None, None]))["a"] == "failed"

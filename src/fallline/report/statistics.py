@@ -163,8 +163,14 @@ def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def informative(pairs: Mapping[int, float]) -> bool:
-    """Whether differences say anything of their own spread: there are two, and seeds change them."""
-    return len(pairs) > 1 and (len(set(pairs.values())) > 1 or not any(pairs.values()))
+    """Whether differences say anything of their own spread: there are two, and seeds change them by more than rounding,
+    as where a measure counts examples and the same number more are right."""
+    found = pairs.values()
+    return len(found) > 1 and (max(found) - min(found) > ROUNDING * max(map(abs, found)) or not any(found))
+
+
+ROUNDING = 1e-9
+"""Of a difference, what its arithmetic may be off by."""
 
 
 def _seeds(choice: Mapping[str, Any], planned: int) -> dict[str, int]:
