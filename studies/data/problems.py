@@ -22,10 +22,10 @@ FAMILIES = {  # family: (what is added to each question, {file: the problems it 
 }
 
 for family, (asked, parts) in FAMILIES.items():
-    problems = reasoning_gym.create_dataset(family, size=max(end for _, end in parts.values()), seed=1)
-    taken = set()
+    problems = list(reasoning_gym.create_dataset(family, size=max(end for _, end in parts.values()), seed=1))
+    taken: set[str] = set()
     for name, (begin, end) in parts.items():
-        part = [p for p in list(problems)[begin:end] if p["question"] not in taken]
+        part = [p for p in problems[begin:end] if p["question"] not in taken]
         taken.update(p["question"] for p in part)
         lines = [json.dumps({"prompt": p["question"] + asked, "completion": p["answer"]}) + "\n" for p in part]
         Path(__file__).with_name(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -83,3 +83,10 @@ def test_the_model_begins_bit_for_bit_as_it_was_in_every_dtype() -> None:
 def test_a_rank_above_the_weights_is_refused() -> None:
     with pytest.raises(InputError, match=r"one of 32 × 32 has 32, got 'rank' = 33"):
         attach(llama(), "loldu", rank=33)
+
+
+def test_the_change_of_a_model_that_is_cast_whole_is_float32() -> None:
+    layer: Any = next(iter(adapted(attach(llama(), "loldu", rank=4).to(torch.bfloat16)).values()))
+    P = layer.adapters["default"]
+    assert P.lower.dtype == torch.bfloat16
+    assert layer.methods["default"].delta(P, layer.matrix).dtype == torch.float32

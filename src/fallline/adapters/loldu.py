@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibrate import wide
 from ..catalog import Card
 from ..errors import InputError
 from ..options import option
@@ -99,8 +100,8 @@ class Loldu(Adapter):
         return found
 
     def delta(self, P: Any, W: Weight) -> Tensor:
-        wide = torch.promote_types(P.lower.dtype, torch.float32)
-        found: Tensor = (P.lower.to(wide) * self.diagonal(P, P.z, P.c).to(wide)) @ P.upper.to(wide)
+        dtype = wide(P.lower)
+        found: Tensor = (P.lower.to(dtype) * self.diagonal(P, P.z, P.c).to(dtype)) @ P.upper.to(dtype)
         return found
 
     def apply(self, P: Any, x: Tensor, W: Weight, training: bool) -> Tensor:
