@@ -327,6 +327,9 @@ def test_reports_are_rebuilt_and_merged(study: tuple[Path, dict[str, Any]], untu
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match="not the report"):
         rebuild([tmp_path / "other.json"])
+    (tmp_path / "other.json").write_text('{"choices": [], "baseline": "adamw"}')
+    with pytest.raises(InputError, match="lacks format, fallline"):
+        rebuild([tmp_path / "other.json"])
 
 
 def test_a_question_survives_the_disk(study: tuple[Path, dict[str, Any]]):

@@ -102,7 +102,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         dtype=DTYPES[precision],
         device=device,
     )
-    content = fingerprint(model)
+    content, size = fingerprint(model), count(model)
     if adapter is not None:
         adapter.check_base(content)
         inject(model, adapter, seed=settings.seed)
@@ -164,7 +164,7 @@ def build(recipe: Recipe, *, check_memory: bool = False, force: bool = False) ->
         "tokenizer": {"sha256": tokenizer_hash(dataset.tokenizer)},
         "model": {
             "sha256": content,
-            "parameters": count(model),
+            "parameters": size,
             "trained": None if chosen_later else sum(p.numel() for p in model.parameters() if p.requires_grad),
             "architecture": type(model).__name__,
         },

@@ -364,6 +364,13 @@ def _losses(items: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _some(parts: Sequence[str]) -> str:
-    """The first few, which are the baseline and the choices of least loss; the table has all."""
-    text = "; ".join(parts[:LISTED])
-    return text if len(parts) <= LISTED else f"{text}; the other {len(parts) - LISTED} are in the table"
+    """The first few, which are the baseline and the choices of least loss; the table has all.
+
+    >>> _some(["a 1", "b 2"])
+    'a 1; b 2'
+    >>> _some([*"abcdefghij"])  # to leave out one is to save nothing
+    'a; b; c; d; e; f; g; h; i; j'
+    """
+    if len(parts) <= LISTED + 1:
+        return "; ".join(parts)
+    return f"{'; '.join(parts[:LISTED])}; the other {len(parts) - LISTED} are in the table"

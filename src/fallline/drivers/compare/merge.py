@@ -31,6 +31,12 @@ from .record import (
 from .run import Comparison
 from .study import read_study
 
+KEYS = (
+    *("format", "fallline", "name", "command", "created", "equal", "baseline", "seeds", "tune"),
+    *("machine", "data", "model", "recipe", "sources", "notes", "choices"),
+)
+"""What a record holds."""
+
 
 def rebuild(paths: Sequence[Path], out: Path | None = None) -> Comparison:
     """Make a report of what is there; nothing is run.
@@ -72,6 +78,8 @@ def read_report(path: Path) -> Record:
     found = read_json(path)
     if not {"choices", "baseline"} <= set(found):
         raise InputError(f"{path} is not the report.json of a comparison")
+    if lacks := [key for key in KEYS if key not in found]:
+        raise InputError(f"{path} is damaged, or of another version of Fallline: it lacks {', '.join(lacks)}")
     return found
 
 
