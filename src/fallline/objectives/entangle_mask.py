@@ -19,7 +19,6 @@ reference, a forward of it *every step*, as single tokens of the reference are n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import split
-from ..catalog import Card, find
+from ..catalog import Card
 from ..contracts import Batch, Couples, Loss
 from ..errors import InputError
 from ..options import Options, option
 from ..sequences import per_sequence, sequence_counts
 from ..step import Run
 from ..tokens import IGNORED, token_losses, token_losses_and_hidden
+from .inner import inner
 from .margin import REFERENCE, Margin, pairs
 
 CARD = Card(
@@ -83,11 +83,7 @@ class Config(Options):
         Raises:
             InputError: it is none that can be masked, or its options are wrong.
         """
-        given = {} if self.options is None else self.options
-        if not isinstance(given, Mapping):
-            raise InputError(f"'options' must be options of {self.of!r} by name, got {given!r}")
-        module = find("objective", self.of).load()
-        made = module.build(module.Config.from_mapping(given, f"objective {self.of!r}"))
+        made = inner(self.of, self.options)
         if not isinstance(made, Margin) or made.columns.keys() - {REFERENCE}:
             raise InputError(
                 f"'of' must be a loss of the margin family that asks no more than log π and log π_ref of two answers, "

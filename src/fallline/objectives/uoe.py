@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibrate import evaluating
-from ..catalog import Card, find
+from ..catalog import Card
 from ..contracts import Batch, Change, Couples, Loss
 from ..errors import InputError
 from ..experts import is_softmax, mixtures, overheard, probabilities, split_off
@@ -38,6 +38,7 @@ from ..sequences import sequence_counts
 from ..step import Run
 from ..tokens import per_example, per_token
 from .forgetting import ANSWER, Forgetting
+from .inner import inner
 
 CARD = Card(
     id="uoe",
@@ -92,11 +93,7 @@ class Config(Options):
         Raises:
             InputError: it is none of the family, or its options are wrong.
         """
-        given = {} if self.options is None else self.options
-        if not isinstance(given, Mapping):
-            raise InputError(f"'options' must be options of {self.of!r} by name, got {given!r}")
-        module = find("objective", self.of).load()
-        made = module.build(module.Config.from_mapping(given, f"objective {self.of!r}"))
+        made = inner(self.of, self.options)
         if not isinstance(made, Forgetting) or type(made).prepare is not Forgetting.prepare:  # lat attacks
             raise InputError(
                 f"'of' must be an unlearning objective that makes no attack, such as npo; {self.of!r} is not"
