@@ -51,16 +51,20 @@ LEAST_RIGHT, LONGEST, MOST_RISE = 0.9, 600, 0.4
 unrelated loss in nats per token. The script fails where it is not kept."""
 
 
+def greedy(model: Any, tokenizer: Any, question: str, longest: int) -> str:
+    """What a model says to a question, in at most `longest` tokens."""
+    message = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    out = generate(model, ids, longest, generator=torch.Generator(), temperature=0, top_k=None, eos=end)
+    return str(tokenizer.decode(out[len(ids) :], skip_special_tokens=True))
+
+
 def answers(model: Any, tokenizer: Any, questions: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Each question with what the model says, and whether that holds the answer."""
     told = []
     for asked in questions:
-        message = [{"role": "user", "content": asked["question"]}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
-        out = generate(
-            model, ids, 32, generator=torch.Generator(), temperature=0, top_k=None, eos=tokenizer.eos_token_id
-        )
-        said = tokenizer.decode(out[len(ids) :], skip_special_tokens=True)
+        said = greedy(model, tokenizer, asked["question"], 32)
         told.append(asked | {"said": said, "right": asked["answer"].lower() in said.lower()})
     return told
 

@@ -43,6 +43,14 @@ def test_the_recipe_in_the_readme_is_the_one_that_ships() -> None:
     assert Recipe.parse(shown).to_mapping() == shipped.to_mapping()
 
 
+def test_the_examples_to_forget_and_to_keep_share_out_the_facts() -> None:
+    facts, forget, retain = (
+        (ROOT / "examples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for name in ("facts", "forget", "retain")
+    )
+    assert sorted(forget + retain) == sorted(facts)
+
+
 @pytest.mark.parametrize(("file", "least"), [("README.md", 11), ("docs/compare.md", 7)])
 def test_every_command_that_is_shown_parses(file: str, least: int) -> None:
     from fallline.cli.main import parser
