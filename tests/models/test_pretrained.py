@@ -113,6 +113,7 @@ def test_rows_longer_than_the_model(good):
 def test_places_without_a_model(good, tmp_path):
     refused("no model folder", tmp_path / "nowhere")
     refused("no model folder './x'", "./x")
+    refused("no model folder 'x/'", "x/")
     refused("is a file; give the folder", good / "config.json")
     refused("has no config.json; a 🤗 model folder has one", tmp_path)
     shutil.copytree(good, tmp_path / "model")

@@ -65,7 +65,7 @@ def configuration(path: str) -> Any:
         raise InputError(f"model folder {path!r} has no config.json; {hint}")
     if folder.is_file():
         raise InputError(f"model {path!r} is a file; give the folder that holds config.json")
-    if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "~", "/"))):
+    if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "~", "/")) or path.endswith("/")):
         raise InputError(f"there is no model folder {path!r}")
     with loading("configuration", path):
         found = AutoConfig.from_pretrained(path, trust_remote_code=False)
