@@ -45,8 +45,8 @@ CARD = Card(
         "start. On synthetic inputs of rank 4, 50 steps of plain descent end below LoRA's, at the smaller of five "
         "rates and at the best for each; at the largest it may end above; on language effect not shown. "
         "SmolLM2-135M-Instruct at rank 16, rates tuned alike, two seeds, held-out loss: 0.277 ± 0.059 on invented "
-        "facts, LoRA 0.317 ± 0.079, difference 0.0 [−1.3, +1.2] (studies/adapters-facts/report.json); 0.772 ± 0.024 on "
-        "family relations, LoRA 0.688 ± 0.007, +0.1 [−2.9, +3.1] (studies/adapters-family/report.json)"
+        "facts, LoRA 0.317 ± 0.079, difference 0.0 [−1.9, +1.8] (studies/adapters-facts/report.json); 0.772 ± 0.024 "
+        "on family relations, LoRA 0.688 ± 0.007, +0.1 [−2.9, +3.1] (studies/adapters-family/report.json)"
     ),
     evidence=("studies/adapters-facts/report.json", "studies/adapters-family/report.json"),
     departures=(

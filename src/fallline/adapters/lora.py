@@ -41,12 +41,12 @@ CARD = Card(
     flops="4 T n m + 6 T r (n + m) for T tokens and a weight [m, n], against 6 T n m of full fine-tuning",
     checked=(
         "equation and gradients in float64; 50 steps agree with PEFT's to 1e-7 in float64; checkpoints of either load "
-        "in the other with equal logits after training. SmolLM2-135M-Instruct on 25 invented facts: 50 of 50 rephrased "
-        "questions right, 0 before; loss on unrelated text up by 0.23 nats (python benchmarks/invented_facts.py). A "
-        "step takes 0.88 of PEFT's time (python benchmarks/lora_step.py --pairs 21). Beside full fine-tuning, rates "
-        "tuned alike, two seeds, held-out loss, with α/r: on invented facts 0.317 ± 0.079, full 0.213 ± 0.092, full's "
-        "minus LoRA's −0.10 [−0.95, +0.74] (studies/adapters-facts/report.json); on family relations 0.688 ± 0.007, "
-        "full 0.706 ± 0.027, 0.0 [−2.0, +2.0] (studies/adapters-family/report.json)"
+        "in the other with equal logits after training. SmolLM2-135M-Instruct on 25 invented facts: 50 of 50 "
+        "rephrased questions right, 0 before; loss on unrelated text up by 0.23 nats (python "
+        "benchmarks/invented_facts.py). A step takes 0.88 of PEFT's time (python benchmarks/lora_step.py --pairs 21). "
+        "Beside full fine-tuning, rates tuned alike, two seeds, held-out loss, with α/r: on invented facts 0.317 ± "
+        "0.079, full 0.213 ± 0.092, full's minus LoRA's −0.1 [−1.3, +1.1] (studies/adapters-facts/report.json); on "
+        "family relations 0.688 ± 0.007, full 0.706 ± 0.027, 0.0 [−2.0, +2.0] (studies/adapters-family/report.json)"
     ),
     evidence=(
         "benchmarks/results/invented_facts.json",

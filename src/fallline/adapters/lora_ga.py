@@ -52,8 +52,8 @@ CARD = Card(
         "rank 2r of the gradient; the model is unchanged at the start; PEFT checkpoints of rank 2r with equal logits; "
         "effect not shown. SmolLM2-135M-Instruct at rank 16, rates tuned alike, two seeds, held-out loss: on family "
         "relations 0.788 ± 0.007, above LoRA's 0.688 ± 0.007 by 0.100 [0.087, 0.113] "
-        "(studies/adapters-family/report.json); on invented facts 0.301 ± 0.066, LoRA 0.317 ± 0.079, difference −0.02 "
-        "[−0.80, +0.77] (studies/adapters-facts/report.json)"
+        "(studies/adapters-family/report.json); on invented facts 0.301 ± 0.066, LoRA 0.317 ± 0.079, difference 0.0 "
+        "[−1.1, +1.1] (studies/adapters-facts/report.json)"
     ),
     evidence=("studies/adapters-facts/report.json", "studies/adapters-family/report.json"),
     departures=(

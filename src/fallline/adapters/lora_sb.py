@@ -40,10 +40,11 @@ CARD = Card(
     checked=(
         "the first change is the best approximation of rank r of −η sign(G) in float64; a plain step on R is the "
         "projection of full tuning's; r² trained parameters; PEFT checkpoints with equal logits; effect not shown. "
-        "SmolLM2-135M-Instruct at rank 16, rates tuned alike, two seeds, held-out loss: 0.856 ± 0.046 on invented "
-        "facts, LoRA 0.317 ± 0.079, difference +0.5 [−1.5, +2.6] (studies/adapters-facts/report.json); on family "
-        "relations 0.744 ± 0.066, and 0.7260 ± 0.0044 at rank 152, which has LoRA's number of parameters, LoRA 0.688 ± "
-        "0.007, differences +0.1 [−7.2, +7.3] and +0.04 [−0.22, +0.30] (studies/adapters-family/report.json)"
+        "SmolLM2-135M-Instruct at rank 16, rates tuned alike, two seeds, held-out loss: on invented facts 0.856 ± "
+        "0.046, and 0.4145 ± 0.0025 at rank 152, which has LoRA's number of parameters, LoRA 0.317 ± 0.079, "
+        "differences +0.5 [−2.4, +3.5] and +0.1 [−7.2, +7.4] (studies/adapters-facts/report.json); on family "
+        "relations 0.744 ± 0.066, and 0.7260 ± 0.0044, LoRA 0.688 ± 0.007, differences +0.1 [−7.2, +7.3] and +0.04 "
+        "[−0.22, +0.30] (studies/adapters-family/report.json)"
     ),
     evidence=("studies/adapters-facts/report.json", "studies/adapters-family/report.json"),
     departures=(

@@ -45,13 +45,13 @@ CARD = Card(
     flops="4 T n m + 6 T r (n + m) for T tokens, as LoRA",
     claim="better than its baselines with 70 % of the parameters and 70 % of the training time",
     checked=(
-        "the proximal step in float64, after each update of a plain loop, of 🤗 Trainer and of a run, also in bfloat16;"
-        " with gates of 1 and a tiny ξ it is LoRA; more ξ leaves fewer ranks; PEFT checkpoints without the shut ranks "
-        "with equal logits; a run that drops them computes what one that only shuts them does, to rounding, and goes "
-        "on to the same bits when it is interrupted; effect not shown. SmolLM2-135M-Instruct at rank 16, rates tuned "
-        "alike, two seeds, held-out loss: 0.289 ± 0.065 on invented facts, LoRA 0.317 ± 0.079, difference −0.03 "
-        "[−0.91, +0.85] (studies/adapters-facts/report.json); 0.744 ± 0.023 on family relations, LoRA 0.688 ± 0.007, "
-        "+0.1 [−2.9, +3.0] (studies/adapters-family/report.json)"
+        "the proximal step in float64, after each update of a plain loop, of 🤗 Trainer and of a run, also in "
+        "bfloat16; with gates of 1 and a tiny ξ it is LoRA; more ξ leaves fewer ranks; PEFT checkpoints without the "
+        "shut ranks with equal logits; a run that drops them computes what one that only shuts them does, to "
+        "rounding, and goes on to the same bits when it is interrupted; effect not shown. SmolLM2-135M-Instruct at "
+        "rank 16, rates tuned alike, two seeds, held-out loss: 0.289 ± 0.065 on invented facts, LoRA 0.317 ± 0.079, "
+        "difference 0.0 [−1.3, +1.2] (studies/adapters-facts/report.json); 0.744 ± 0.023 on family relations, LoRA "
+        "0.688 ± 0.007, +0.1 [−2.9, +3.0] (studies/adapters-family/report.json)"
     ),
     evidence=("studies/adapters-facts/report.json", "studies/adapters-family/report.json"),
     departures=(
