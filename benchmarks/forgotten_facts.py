@@ -13,26 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fallline.drivers.trained import open_trained
-from harness import ROOT, save
-from invented_facts import QUESTIONS, answers, unrelated
+from harness import fallline, save
+from invented_facts import QUESTIONS, answers, examples, unrelated
 
 SOURCES = tuple(
     f"src/fallline/{name}.py"
     for name in ("adapters/lora", "data/unlearning", "objectives/npo", "objectives/forgetting")
 )
-
-
-def lines_of(name: str) -> list[dict[str, str]]:
-    """What an examples file teaches."""
-    return [json.loads(line) for line in (ROOT / f"examples/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def about(facts: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -41,7 +33,7 @@ def about(facts: list[dict[str, str]]) -> list[dict[str, str]]:
     return [question for question in QUESTIONS if question["answer"] in told]
 
 
-FORGET, RETAIN = lines_of("forget"), lines_of("retain")
+FORGET, RETAIN = examples("forget"), examples("retain")
 SHOWN = [*dict.fromkeys(fact["completion"] for fact in RETAIN)][::2]
 HALF = [fact for fact in RETAIN if fact["completion"] in SHOWN]
 ASKED = {
@@ -70,9 +62,6 @@ def main() -> None:
     args = parser.parse_args()
     assert sum(map(len, ASKED.values())) == len(QUESTIONS), "a question is about two facts, or none"
 
-    def fallline(*words: str) -> None:
-        subprocess.run([sys.executable, "-m", "fallline", *words], check=True, cwd=ROOT)
-
     with TemporaryDirectory() as name:
         folder = Path(name)
         taught, merged = args.taught or str(folder / "run"), str(folder / "taught")
@@ -85,10 +74,8 @@ def main() -> None:
         half.write_text("".join(json.dumps(fact) + "\n" for fact in HALF), encoding="utf-8")
         choices = {"all shown": (), "all shown, seed 1": ("seed=1",), "one half shown": (f"data.retain={half}",)}
         for choice, overrides in choices.items():
-            out = str(folder / choice.replace(", ", "-").replace(" ", "-"))
-            start = time.perf_counter()
-            fallline("train", "recipes/unlearn.yaml", f"model={merged}", f"out={out}", *overrides)
-            seconds = time.perf_counter() - start
+            out = str(folder / f"run-{len(found)}")
+            seconds = fallline("train", "recipes/unlearn.yaml", f"model={merged}", f"out={out}", *overrides)
             found[choice] = measure(out) | {"seconds": seconds}
             print(line(f"{choice}, after {seconds:.0f} s", found[choice]), flush=True)
             for t in found[choice]["answers"]["forget"]:

@@ -87,6 +87,13 @@ def compare(contestants: Mapping[str, Callable[[], Any]], pairs: int = LEAST_PAI
     }
 
 
+def fallline(*words: str) -> float:
+    """Run a command of the package at the repository's root; the seconds that it took."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fallline", *words], check=True, cwd=ROOT)
+    return time.perf_counter() - start
+
+
 def peak_memory(script: str, names: Sequence[str], *options: str, times: int = 1) -> dict[str, int]:
     """Peak bytes of each contestant, each measured by ``script --peak NAME`` in a process of its own; of several
     `times` the median, as what the allocator held before differs from process to process."""

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,11 +22,15 @@ from fallline.data import python_docs
 from fallline.drivers.trained import open_trained
 from fallline.generate import generate
 from fallline.objectives.causal import Causal
-from harness import ROOT, save
+from harness import ROOT, fallline, save
 
-RECIPE = ROOT / "recipes/finetune-smollm2.yaml"
-QUESTIONS = [json.loads(line) for line in (ROOT / "examples/questions.jsonl").read_text().splitlines()]
-FACTS = [json.loads(line) for line in (ROOT / "examples/facts.jsonl").read_text().splitlines()]
+
+def examples(name: str) -> list[dict[str, str]]:
+    """The lines of a file of the examples."""
+    return [json.loads(line) for line in (ROOT / f"examples/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+QUESTIONS, FACTS = examples("questions"), examples("facts")
 ROWS = 48  # of unrelated text
 SOURCES = tuple(
     f"src/fallline/{name}.py"
@@ -102,10 +103,7 @@ def main() -> None:
     print(f"before: {before['right']} of {before['asked']}, unrelated loss {before['unrelated_loss']:.4f}", flush=True)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "fallline", "train", str(RECIPE), f"out={out}", *args.overrides]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT)
-        seconds = time.perf_counter() - start
+        seconds = fallline("train", "recipes/finetune-smollm2.yaml", f"out={out}", *args.overrides)
         after = measure(str(out))
         record = json.loads((out / "run.json").read_text())
     rise = after["unrelated_loss"] - before["unrelated_loss"]

@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import ROOT, save
+from harness import fallline, save
 
 SOURCES = (
     "src/fallline/gradients/dpsgd.py",
@@ -66,11 +64,6 @@ def people(number: int, seed: int) -> list[str]:
     return [one() for _ in range(number)]
 
 
-def run(*words: str) -> None:
-    """A command of ours."""
-    subprocess.run([sys.executable, "-m", "fallline.cli.main", *words], check=True, cwd=ROOT)
-
-
 def losses(folder: Path) -> list[float]:
     """A run's losses on held-out people."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +83,7 @@ def study(where: Path, base_steps: int) -> dict[str, Any]:
     for name, some in files.items():
         (where / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in some))
     base = where / "base"
-    run("train", "recipes/tiny.yaml", f"steps={base_steps}", f"out={base}", "sample=0", "--quiet")
+    fallline("train", "recipes/tiny.yaml", f"steps={base_steps}", f"out={base}", "sample=0", "--quiet")
     (where / "people.yaml").write_text(
         f"model: {base / 'model'}\n"
         f"data: {{name: jsonl, path: {where / 'members.jsonl'}, validation_path: {where / 'held_out.jsonl'}, "
@@ -101,9 +94,9 @@ def study(where: Path, base_steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, how in HOW.items():
         out = where / name
-        run("train", str(where / "people.yaml"), *how, f"out={out}", "--quiet")
+        fallline("train", str(where / "people.yaml"), *how, f"out={out}", "--quiet")
         against = ("--members", str(where / "members.jsonl"), "--non-members", str(where / "others.jsonl"))
-        run("audit", str(out), *against, "--batch", "32")
+        fallline("audit", str(out), *against, "--batch", "32")
         told = json.loads((out / "run.json").read_text())
         attacked = json.loads((out / "audit/audit.json").read_text())
         curve = losses(out)

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fallline.drivers.trained import open_trained
-from harness import ROOT, save
-from invented_facts import greedy
+from harness import fallline, save
+from invented_facts import examples, greedy
 
 CHOICES = {
     "dpo": (),
@@ -75,17 +72,13 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    pairs = (ROOT / "examples/pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    assert not {json.loads(pair)["prompt"] for pair in pairs} & {question for question, _ in QUESTIONS}
+    assert not {pair["prompt"] for pair in examples("pairs")} & {question for question, _ in QUESTIONS}
     found = {"before": measure("smollm2-135m-instruct")}
     print(line("before", found["before"]), flush=True)
     for name, overrides in CHOICES.items():
         with TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            command = [sys.executable, "-m", "fallline", "train", "recipes/preference.yaml", f"out={out}", *overrides]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, cwd=ROOT)
-            seconds = time.perf_counter() - start
+            seconds = fallline("train", "recipes/preference.yaml", f"out={out}", *overrides)
             lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
             found[name] = measure(str(out)) | {
                 "seconds": seconds,
